@@ -1,0 +1,24 @@
+"""Training-free contextual sparsity for ReGLU language models, in JAX."""
+
+from jsparse.calibration import CalibrationOptions, LayerReport, fit_predictors
+from jsparse.checkpoint import load, save
+from jsparse.config import PRESETS, ModelConfig
+from jsparse.errors import JsparseError
+from jsparse.params import FFNWeights, Params, Predictor
+from jsparse.prompting import generate
+
+__version__ = "0.1.0"
+__all__ = [
+    "PRESETS",
+    "CalibrationOptions",
+    "FFNWeights",
+    "JsparseError",
+    "LayerReport",
+    "ModelConfig",
+    "Params",
+    "Predictor",
+    "fit_predictors",
+    "generate",
+    "load",
+    "save",
+]

@@ -1,0 +1,122 @@
+"""The command `jsparse`, or `python -m jsparse`: generate, calibrate, info."""
+
+import argparse
+import sys
+
+import jax
+
+from jsparse import calibrate
+from jsparse.checkpoint import load
+from jsparse.commands import run_command
+from jsparse.ffn.select import EXECUTORS
+from jsparse.generation import Statistics
+from jsparse.params import Params
+from jsparse.prompting import generate
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; exit code 2 on a user's mistake."""
+    parser = argparse.ArgumentParser(prog="jsparse", description="Contextual sparsity for ReGLU language models.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    command = commands.add_parser("generate", help="continue a prompt, streaming to the terminal")
+    _add_model(command)
+    command.add_argument("prompt", help="text, or - to read standard input")
+    command.add_argument("--chat", action="store_true", help="send the prompt through the chat template")
+    command.add_argument("--max-new-tokens", type=int, default=128)
+    command.add_argument("--temperature", type=float, default=0.0)
+    command.add_argument("--top-k", type=int)
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--stop", action="append", default=[], help="end at this text; may be repeated")
+    command.add_argument("--dense", action="store_true", help="decode densely even where predictors are fitted")
+    command.add_argument("--executor", choices=("auto", *EXECUTORS), default="auto")
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser("calibrate", help="fit predictors for a model")
+    calibrate.add_arguments(command)
+    command.set_defaults(run=calibrate.calibrate)
+
+    command = commands.add_parser("info", help="describe a checkpoint")
+    _add_model(command)
+    command.set_defaults(run=_info)
+
+    args = parser.parse_args(argv)
+    run_command(lambda: args.run(args))
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="jsparse directory, Hugging Face checkpoint, or 'default'")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "int8"), help="weights of a HF checkpoint"
+    )
+    command.add_argument("--ffn", choices=("reglu", "drelu", "fatrelu", "swiglu"), help="FFN kind of a HF checkpoint")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    pieces = generate(
+        load(args.model, dtype=args.dtype, ffn=args.ffn),
+        [{"role": "user", "content": text}] if args.chat else text,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=args.stop,
+        stream=True,
+        executor=args.executor,
+        sparse=False if args.dense else None,
+        on_finish=lambda statistics: print(f"\n{describe(statistics)}", file=sys.stderr),
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+
+
+def describe(statistics: Statistics) -> str:
+    """One line: tokens, speed, share of FFN weight rows read."""
+    return (
+        f"[{statistics.decode_steps} tokens decoded, {statistics.tokens_per_second:.1f} tokens/s with compilation, "
+        f"{statistics.rows_read:.1%} of the FFN weight rows read]"
+    )
+
+
+def _info(args: argparse.Namespace) -> None:
+    params = load(args.model, dtype=args.dtype, ffn=args.ffn)
+    for name, value in describe_model(params).items():
+        print(f"{name:>20}: {value}")
+
+
+def describe_model(params: Params) -> dict[str, str]:
+    """What a user wants to know of a model, by name."""
+    c = params.config
+    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params.weights)})
+    lines = {
+        "name": c.name or "-",
+        "layers": f"{c.num_layers}",
+        "hidden size": f"{c.hidden_size}",
+        "FFN": f"{c.ffn_kind}, {c.intermediate_size} neurons"
+        + (f", threshold {c.ffn_threshold}" if c.ffn_kind == "fatrelu" else ""),
+        "attention": f"{c.num_heads} heads, {c.num_kv_heads} key/value heads of {c.head_dim}"
+        + (f", sliding window {c.sliding_window}" if c.sliding_window else ""),
+        "vocabulary": f"{c.vocab_size}",
+        "context": f"{c.context_length} tokens",
+        "weights": f"{_megabytes(params.weights)} ({', '.join(dtypes)})",
+        "tokenizer": "yes" if params.tokenizer else "none",
+        "predictors": "none; fit them with python -m jsparse.calibrate"
+        if c.is_sparse
+        else f"none; a {c.ffn_kind} FFN has no zeros to predict",
+    }
+    if params.predictors is not None:
+        ranks = sorted({predictor.rank for predictor in params.predictors})
+        bits = getattr(params.predictors[0].a, "bits", 16)
+        lines["predictors"] = f"rank {', '.join(map(str, ranks))}, {bits} bits, {_megabytes(params.predictors)}"
+    return lines
+
+
+def _megabytes(tree) -> str:
+    return f"{sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e6:,.1f} MB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,381 @@
+"""Fitting predictors: calibration tokens stream through the decoder, one layer at a time.
+
+Only one layer's activations are held. The first half of the sequences gives the data's metric for the SVD, the second
+half the thresholds. The first position of a sequence is left out of both: it is the attention sink, whose activations
+are like no other token's, and it is never decoded sparsely.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse.config import ModelConfig
+from jsparse.errors import JsparseError
+from jsparse.ffn import FFNSpec, reference
+from jsparse.layers import Block
+from jsparse.params import FFNWeights, Params, Predictor
+from jsparse.predictor import BITS, check_rank, fit_low_bit
+from jsparse.quantization import Matrix, QuantizedRows, dequantize, take_rows
+from jsparse.thresholds import BiasMode, bias_at, layer_bias, level_costs, raise_levels
+from jsparse.typing import Array, Float, Int
+
+MAX_SEQUENCE = 512
+_NEURON_BLOCK = 512
+_TOKEN_BLOCK = 2048
+_LEVELS = 256
+_CAUTIOUS_LAYERS, _CAUTION = 2, 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationOptions:
+    """How predictors are fitted. The defaults are this project's recipe; `paper()` gives SVDP's.
+
+    Attributes:
+      rank: one number, or one per layer; None is a quarter of the hidden size.
+      bits: 16, 8 or 4 per element of a and b.
+      sparsity: share of each layer's measured activation sparsity that is skipped; the first two layers use 0.1 less.
+      tokens: calibration tokens to use of the text.
+      seed: chooses which, where the text has more, and their order.
+      whiten, center: False switches the data's metric, or its mean, off (ablations).
+      bias: threshold per neuron, one per layer, or none (ablations).
+      importance: what skipping a neuron costs: the squared gate activation, hidden activation, or output norm.
+    """
+
+    rank: int | tuple[int, ...] | None = None
+    bits: int = 4
+    sparsity: float = 0.95
+    tokens: int = 20_000
+    seed: int = 0
+    whiten: bool = True
+    center: bool = True
+    bias: BiasMode = "neuron"
+    importance: Literal["gate", "hidden", "output"] = "output"
+
+    @classmethod
+    def paper(cls, rank: int, sparsity: float) -> "CalibrationOptions":
+        """The published recipe: 16 bits, no centring."""
+        return cls(rank=rank, bits=16, sparsity=sparsity, center=False)
+
+    def ranks(self, config: ModelConfig) -> tuple[int, ...]:
+        """The rank of every layer."""
+        rank = max(1, config.hidden_size // 4) if self.rank is None else self.rank
+        return (rank,) * config.num_layers if isinstance(rank, int) else tuple(rank)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises: JsparseError: an option is out of range for the model."""
+        if not config.is_sparse:
+            raise JsparseError(
+                f"a {config.ffn_kind} FFN has no zero neurons to predict; calibration needs a model with a "
+                "reglu, drelu or fatrelu FFN"
+            )
+        ranks = self.ranks(config)
+        if len(ranks) != config.num_layers:
+            raise JsparseError(f"rank has {len(ranks)} values; the model has {config.num_layers} layers")
+        for rank in ranks:
+            check_rank(rank, config.hidden_size)
+        if self.bits not in BITS:
+            raise JsparseError(f"bits is {self.bits}; a predictor has 16, 8 or 4")
+        if not 0 <= self.sparsity <= 1:
+            raise JsparseError(f"sparsity is {self.sparsity}; it must be between 0 and 1")
+        if self.tokens < 1:
+            raise JsparseError(f"tokens is {self.tokens}; it must be at least 1")
+        if self.bias not in ("neuron", "layer", "none"):
+            raise JsparseError(f"bias is {self.bias!r}; it must be neuron, layer or none")
+        if self.importance not in ("gate", "hidden", "output"):
+            raise JsparseError(f"importance is {self.importance!r}; it must be gate, hidden or output")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What calibration found of a layer, measured on the second half of the tokens.
+
+    Attributes:
+      layer, rank: of the predictor.
+      sparsity: share of (token, neuron) pairs that are zero.
+      skipped: share of pairs that the predictor skips.
+      recall: share of the non-zero pairs that the predictor keeps.
+      stopped_early: the target was not reached because 1% of the neurons were off on all tokens.
+    """
+
+    layer: int
+    rank: int
+    sparsity: float
+    skipped: float
+    recall: float
+    stopped_early: bool
+
+
+def fit_predictors(
+    params: Params,
+    texts: Sequence[Any] | str,
+    *,
+    on_layer: Callable[[LayerReport], None] | None = None,
+    state_dir: str | Path | None = None,
+    **options: Any,
+) -> Params:
+    """Fit a predictor for every layer.
+
+    Args:
+      params: a model with a reglu, drelu or fatrelu FFN.
+      texts: calibration text, a list of texts or chats (lists of messages), or of 1-D arrays of token ids.
+      on_layer: called after each layer with its report.
+      state_dir: a directory for finished layers; fitting again with the same model, texts and options continues
+        there after an interruption, with identical results.
+      **options: fields of `CalibrationOptions`: rank, bits, sparsity, tokens, seed, ...
+
+    Returns:
+      params with predictors.
+
+    Raises:
+      JsparseError: the model, the texts or an option cannot be used.
+    """
+    settings = CalibrationOptions(**options)
+    settings.check(params.config)
+    rows = make_rows(params, texts, settings)
+    predictors = []
+    for predictor, report in fit_layers(params, rows, settings, state_dir):
+        predictors.append(predictor)
+        if on_layer:
+            on_layer(report)
+    return dataclasses.replace(params, predictors=tuple(predictors))
+
+
+def make_rows(params: Params, texts: Sequence[Any] | str, options: CalibrationOptions) -> Int[np.ndarray, "rows T"]:
+    """Calibration sequences of equal length: the texts one after another, cut, each behind the bos token.
+
+    Raises:
+      JsparseError: there is too little text, or an id is outside the vocabulary.
+    """
+    config = params.config
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    bos = [] if config.bos_token_id is None else [config.bos_token_id]
+    stream = np.concatenate([np.zeros(0, np.int64), *(_to_ids(params, text) for text in texts)])
+    if stream.size and not (0 <= stream.min() and stream.max() < config.vocab_size):
+        raise JsparseError(f"calibration token ids must be 0 to {config.vocab_size - 1}, the model's vocabulary")
+    needed = 4 * max(options.ranks(config))
+    usable = min(stream.size, options.tokens)
+    if usable < needed:
+        raise JsparseError(
+            f"calibration has {usable} tokens; rank {max(options.ranks(config))} needs at least {needed}: give more "
+            "text, raise tokens, or lower the rank"
+        )
+    width = max(1, min(MAX_SEQUENCE - len(bos), config.context_length - len(bos), usable // 8))
+    cut = stream[: stream.size // width * width].reshape(-1, width)
+    chosen = np.random.default_rng(options.seed).permutation(len(cut))[: max(2, usable // width)]
+    return np.concatenate([np.tile(np.array(bos, np.int64), (len(chosen), 1)), cut[chosen]], axis=1).astype(np.int32)
+
+
+def fit_layers(
+    params: Params, rows: Int[np.ndarray, "rows T"], options: CalibrationOptions, state_dir: str | Path | None = None
+) -> Iterator[tuple[Predictor, LayerReport]]:
+    """The predictor and report of each layer, in order; finished layers in `state_dir` are not fitted again.
+
+    Raises:
+      JsparseError: activations are not finite, or `state_dir` belongs to another calibration.
+    """
+    config = params.config
+    state = _State(state_dir, params, rows, options) if state_dir else None
+    first, hidden = state.resume() if state else (0, None)
+    for layer in range(first):
+        yield state.read_layer(layer)
+    if hidden is None:
+        embed = take_rows(params.weights["embed"], jnp.asarray(rows.reshape(-1)))
+        hidden = np.asarray(config.embed_scale * embed).reshape(*rows.shape, -1)
+    for layer in range(first, config.num_layers):
+        block = params.weights[f"layers_{layer}"]
+        hidden, inputs = _run_block(block, hidden, config, layer)
+        predictor, report = fit_layer(block["ffn"], inputs, config, options, layer)
+        if state:
+            state.write_layer(layer, predictor, report, hidden)
+        yield predictor, report
+
+
+def fit_layer(
+    ffn: FFNWeights,
+    inputs: Float[np.ndarray, "rows T D"],
+    config: ModelConfig,
+    options: CalibrationOptions,
+    layer: int,
+) -> tuple[Predictor, LayerReport]:
+    """The predictor of one layer from its FFN inputs: the first half of the rows for a and b, the rest for bias."""
+    half = len(inputs) // 2
+    width = inputs.shape[-1]
+    fit_x, threshold_x = inputs[:half].reshape(-1, width), jnp.asarray(inputs[half:].reshape(-1, width))
+    mean = fit_x.mean(axis=0, dtype=np.float64) if options.center else np.zeros(width)
+    gate = dequantize(ffn.gate)
+    gram = _gram(fit_x, mean)
+    rank = options.ranks(config)[layer]
+    a, b, offset = fit_low_bit(gate, gram, mean, rank, bits=options.bits, whiten=options.whiten)
+    del gate
+    if options.bias == "neuron":
+        offset = jnp.zeros_like(offset)  # a threshold per neuron absorbs it
+    features = reference.linear(threshold_x, a)
+    spec = FFNSpec.of(config)
+    blocks = []
+    for start in range(0, config.intermediate_size, _NEURON_BLOCK):
+        neurons = jnp.arange(start, min(start + _NEURON_BLOCK, config.intermediate_size))
+        scores, cost, active = _block_statistics(
+            threshold_x, features, ffn, b, offset, neurons, spec, options.importance
+        )
+        levels = level_costs(scores, cost, _LEVELS) if options.bias == "neuron" else (None, None)
+        blocks.append((np.asarray(scores), np.asarray(active), *levels))
+    all_scores, all_active, thresholds, costs = zip(*blocks)
+
+    pairs = threshold_x.shape[0] * config.intermediate_size
+    num_active = sum(int(active.sum()) for active in all_active)
+    sparsity = 1 - num_active / pairs
+    target = max(0.0, (options.sparsity - (_CAUTION if layer < _CAUTIOUS_LAYERS else 0)) * sparsity)
+    early = False
+    if options.bias == "neuron":
+        levels = raise_levels(jnp.concatenate(costs), target)
+        bias, early = bias_at(jnp.concatenate(thresholds), levels.level), levels.stopped_early
+    elif options.bias == "layer":
+        bias = jnp.full(config.intermediate_size, layer_bias(jnp.concatenate(all_scores), target))
+    else:
+        bias = jnp.full(config.intermediate_size, -spec.threshold)
+    kept = caught = 0
+    for start, scores, active in zip(range(0, config.intermediate_size, _NEURON_BLOCK), all_scores, all_active):
+        predicted = scores + np.asarray(bias[start : start + _NEURON_BLOCK, None]) > 0
+        kept += int(predicted.sum())
+        caught += int((predicted & active).sum())
+    recall = caught / num_active if num_active else 1.0
+    report = LayerReport(layer, rank, sparsity, 1 - kept / pairs, recall, early)
+    return Predictor(a, b, (bias + offset).astype(jnp.float32)), report
+
+
+@partial(jax.jit, static_argnames=("spec", "importance"))
+def _block_statistics(
+    x: Float[Array, "n D"],
+    features: Float[Array, "n R"],
+    ffn: FFNWeights,
+    b: Matrix,
+    offset: Float[Array, "F"],
+    neurons: Int[Array, "block"],
+    spec: FFNSpec,
+    importance: str,
+):
+    """Scores, cost of skipping, and activity (block, n) of some neurons."""
+    scores = take_rows(b, neurons) @ features.T + offset[neurons][:, None]
+    gate = spec.phi(take_rows(ffn.gate, neurons) @ x.T)
+    hidden = gate * spec.psi(take_rows(ffn.up, neurons) @ x.T)
+    norm = jnp.linalg.norm(take_rows(ffn.down_t, neurons), axis=1)[:, None]
+    cost = {"gate": gate, "hidden": hidden, "output": hidden * norm}[importance] ** 2
+    return scores, cost, hidden != 0
+
+
+@partial(jax.jit, static_argnames="config")
+def _block_step(block, hidden, config):
+    def feed_forward(_, x, ffn):
+        return reference.dense_ffn(x, ffn, FFNSpec.of(config)), x
+
+    positions = jnp.arange(hidden.shape[1])[None]
+    out, _, inputs = Block(config, reference, 0).apply({"params": block}, hidden, positions, feed_forward)
+    return out, inputs
+
+
+def _run_block(
+    block: dict[str, Any], hidden: Float[np.ndarray, "rows T D"], config: ModelConfig, layer: int
+) -> tuple[Float[np.ndarray, "rows T D"], Float[np.ndarray, "rows t D"]]:
+    """The layer's output, and its FFN inputs without the first position."""
+    out = np.empty_like(hidden)
+    inputs = np.empty((hidden.shape[0], max(1, hidden.shape[1] - 1), hidden.shape[2]), np.float32)
+    size = max(1, _TOKEN_BLOCK // hidden.shape[1])
+    for start in range(0, len(hidden), size):
+        rows = slice(start, start + size)
+        out[rows], x = _block_step(block, hidden[rows], config)
+        inputs[rows] = x[:, -inputs.shape[1] :]
+    if not np.isfinite(out).all():
+        raise JsparseError(f"layer {layer} gives NaN or infinite activations; the checkpoint's weights are damaged")
+    return out, inputs
+
+
+def _gram(x: Float[np.ndarray, "n D"], mean: Float[np.ndarray, "D"]) -> Float[np.ndarray, "D D"]:
+    """(x - mean)^T (x - mean) / n: float32 products of a block of tokens, summed in float64."""
+    total = np.zeros((x.shape[1], x.shape[1]))
+    for start in range(0, len(x), _TOKEN_BLOCK):
+        block = (x[start : start + _TOKEN_BLOCK] - mean).astype(np.float32)
+        total += block.T @ block
+    return total / len(x)
+
+
+def _to_ids(params: Params, text: Any) -> np.ndarray:
+    if isinstance(text, str | list | tuple) and (isinstance(text, str) or text and isinstance(text[0], dict)):
+        if params.tokenizer is None:
+            raise JsparseError("this model has no tokenizer; give calibration texts as arrays of token ids")
+        ids = params.tokenizer.encode(text) if isinstance(text, str) else params.tokenizer.encode_chat(text)
+        return np.asarray(ids, np.int64)
+    ids = np.asarray(text)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise JsparseError(f"a calibration text must be a string, a chat or a 1-D array of token ids, not {type(text)}")
+    return ids.astype(np.int64)
+
+
+class _State:
+    """Finished layers on disk: `layer_N.npz` and the hidden states after the last of them."""
+
+    def __init__(self, directory: str | Path, params: Params, rows: np.ndarray, options: CalibrationOptions):
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._config, self._options = params.config, options
+        key = hashlib.sha256(json.dumps([params.config.to_dict(), dataclasses.asdict(options)]).encode())
+        key.update(rows.tobytes())
+        for leaf in jax.tree.leaves(params.weights):
+            key.update(np.ascontiguousarray(leaf.reshape(-1)[:: max(1, leaf.size // 4096)]).tobytes())
+        identity = self._directory / "calibration.id"
+        if identity.exists() and identity.read_text() != key.hexdigest():
+            raise JsparseError(
+                f"{self._directory} holds an unfinished calibration of another model, text or options; remove it, or "
+                "run that calibration again to finish it"
+            )
+        _replace(identity, lambda file: file.write(key.hexdigest().encode()))
+
+    def resume(self) -> tuple[int, np.ndarray | None]:
+        """The first layer to fit and the hidden states that enter it."""
+        for layer in reversed(range(self._config.num_layers)):
+            hidden = self._hidden(layer)
+            if hidden.exists() and all(self._layer(done).exists() for done in range(layer + 1)):
+                return layer + 1, np.load(hidden)
+        return 0, None
+
+    def write_layer(self, layer: int, predictor: Predictor, report: LayerReport, hidden: np.ndarray) -> None:
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(predictor)]
+        leaves = [leaf.view(np.uint16) if leaf.dtype.name == "bfloat16" else leaf for leaf in leaves]
+        fields = json.dumps(dataclasses.asdict(report))
+        _replace(self._layer(layer), lambda file: np.savez(file, *leaves, report=fields))
+        _replace(self._hidden(layer), lambda file: np.save(file, hidden))
+        self._hidden(layer - 1).unlink(missing_ok=True)
+
+    def read_layer(self, layer: int) -> tuple[Predictor, LayerReport]:
+        c = self._config
+        with np.load(self._layer(layer)) as saved:
+            report = LayerReport(**json.loads(str(saved["report"])))
+            leaves = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
+        leaves = [jnp.asarray(leaf.view(jnp.bfloat16) if leaf.dtype == np.uint16 else leaf) for leaf in leaves]
+        if self._options.bits == 16:
+            return Predictor(*leaves), report
+        a_values, a_scale, b_values, b_scale, bias = leaves
+        a = QuantizedRows(a_values, a_scale, self._options.bits, c.hidden_size)
+        return Predictor(a, QuantizedRows(b_values, b_scale, self._options.bits, report.rank), bias), report
+
+    def _layer(self, layer: int) -> Path:
+        return self._directory / f"layer_{layer}.npz"
+
+    def _hidden(self, layer: int) -> Path:
+        return self._directory / f"hidden_{layer}.npy"
+
+
+def _replace(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file under a temporary name and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+    os.replace(temporary, path)

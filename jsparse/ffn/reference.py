@@ -1,0 +1,81 @@
+"""The XLA executor: the reference that every other one is compared with, and the fallback that runs anywhere."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jsparse.ffn import FFNSpec
+from jsparse.params import FFNWeights, Predictor
+from jsparse.quantization import Matrix, dequantize, take_rows
+from jsparse.typing import Array, Bool, Float, Int
+
+_BLOCK = 128
+"""Rows gathered per step of the loops over active neurons."""
+
+
+def unavailable() -> str | None:
+    """Why this executor cannot run here, or None: XLA runs everywhere."""
+    return None
+
+
+def linear(x: Float[Array, "... D"], weight: Matrix) -> Float[Array, "... out"]:
+    """x W^T in float32, W (out, D)."""
+    return jnp.einsum("...d,od->...o", x.astype(jnp.float32), dequantize(weight))
+
+
+def dense_ffn(x: Float[Array, "B D"], ffn: FFNWeights, spec: FFNSpec) -> Float[Array, "B D"]:
+    """The FFN over all neurons (the formula is at `FFNSpec`); leading axes of x are free."""
+    hidden = spec.phi(linear(x, ffn.gate)) * spec.psi(linear(x, ffn.up))
+    return hidden @ dequantize(ffn.down_t)
+
+
+def sparse_ffn(
+    x: Float[Array, "B D"], ffn: FFNWeights, predictor: Predictor, spec: FFNSpec
+) -> tuple[Float[Array, "B D"], Int[Array, "B 2"]]:
+    """The FFN restricted to the predicted neurons, reading the rows of no others.
+
+    Args:
+      x: FFN inputs, one token per row; every token has its own active set.
+      ffn: weights of the layer.
+      predictor: predictor of the layer.
+      spec: FFN kind and pipeline; swiglu has no zeros and is not accepted.
+
+    Returns:
+      y, and counts: neurons predicted active, and those of them with phi(gate) * psi(up) != 0.
+    """
+    scores = linear(linear(x, predictor.a), predictor.b) + predictor.bias
+    return jax.lax.map(lambda token: _sparse_token(*token, ffn, spec), (x.astype(jnp.float32), scores > 0))
+
+
+def _sparse_token(
+    x: Float[Array, "D"], predicted: Bool[Array, "F"], ffn: FFNWeights, spec: FFNSpec
+) -> tuple[Float[Array, "D"], Int[Array, "2"]]:
+    def gate_step(rows, hidden):
+        values = spec.phi(take_rows(ffn.gate, rows) @ x)
+        if spec.pipeline == "parallel":
+            values = values * spec.psi(take_rows(ffn.up, rows) @ x)
+        return hidden.at[rows].set(values, mode="drop")
+
+    def up_step(rows, hidden):
+        return hidden.at[rows].multiply(spec.psi(take_rows(ffn.up, rows) @ x), mode="drop")
+
+    hidden = _over_rows(predicted, gate_step, jnp.zeros(predicted.shape))
+    if spec.pipeline == "sequential":
+        hidden = _over_rows(hidden != 0, up_step, hidden)
+
+    def down_step(rows, y):
+        return y + hidden.at[rows].get(mode="fill", fill_value=0) @ take_rows(ffn.down_t, rows)
+
+    y = _over_rows(hidden != 0, down_step, jnp.zeros(x.shape))
+    return y, jnp.stack([jnp.sum(predicted), jnp.sum(hidden != 0)]).astype(jnp.int32)
+
+
+def _over_rows(flags: Bool[Array, "F"], body: Callable, init: Array) -> Array:
+    """Fold `body(rows, carry)` over the flagged rows, a block at a time; the last block is padded with row F."""
+    index = jnp.nonzero(flags, size=flags.size + -flags.size % _BLOCK, fill_value=flags.size)[0]
+
+    def step(block, carry):
+        return body(jax.lax.dynamic_slice_in_dim(index, block * _BLOCK, _BLOCK), carry)
+
+    return jax.lax.fori_loop(0, (jnp.sum(flags) + _BLOCK - 1) // _BLOCK, step, init)

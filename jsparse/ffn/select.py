@@ -1,0 +1,38 @@
+"""The choice of an FFN executor: made once, outside jit."""
+
+import functools
+import importlib
+import logging
+from types import ModuleType
+
+from jsparse.errors import JsparseError
+
+EXECUTORS: dict[str, str] = {"xla": "jsparse.ffn.reference"}
+"""Module of every executor, in the order in which `auto` tries them. Each has `unavailable()`, `linear`, `dense_ffn`
+and `sparse_ffn`."""
+
+
+def select_executor(name: str = "auto") -> ModuleType:
+    """The executor of that name, or for `auto` the first that can run here.
+
+    Raises:
+      JsparseError: no such executor, or it cannot run here; the message has its reason.
+    """
+    if name == "auto":
+        return _first_available()
+    if name not in EXECUTORS:
+        raise JsparseError(f"executor {name!r} does not exist; choose from auto, {', '.join(EXECUTORS)}")
+    executor = importlib.import_module(EXECUTORS[name])
+    if reason := executor.unavailable():
+        raise JsparseError(f"executor {name!r} cannot run here: {reason}")
+    return executor
+
+
+@functools.cache
+def _first_available() -> ModuleType:
+    for name, module in EXECUTORS.items():
+        executor = importlib.import_module(module)
+        if not executor.unavailable():
+            logging.getLogger("jsparse").info("executor: %s", name)
+            return executor
+    raise JsparseError("no executor can run here")

@@ -1,0 +1,304 @@
+"""Decoding: dense prefill, one sparse step, and the jitted loop that runs many of them."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse.config import ModelConfig
+from jsparse.decoder import Decoder
+from jsparse.errors import JsparseError
+from jsparse.ffn import FFNSpec
+from jsparse.layers import KVCache, fill_cache
+from jsparse.params import Params, Predictor
+from jsparse.sampling import greedy, sample
+from jsparse.typing import Array, Bool, Float, Int, Shaped
+
+PAD = -1
+"""Stands in a chunk of tokens where a sequence had already ended."""
+CHUNK = 32
+"""Most decode steps per call of the jitted loop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a decode step needs besides arrays; static under jit."""
+
+    config: ModelConfig
+    executor: ModuleType
+    spec: FFNSpec
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("temperature", "top_k", "top_p", "eos_ids"),
+    meta_fields=("is_greedy",),
+)
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; only `is_greedy` is static, so other values compile nothing.
+
+    Attributes:
+      temperature, top_k, top_p: as in `jsparse.sampling.sample`.
+      eos_ids: (n,) int32, tokens that end a sequence.
+      is_greedy: take the most likely token.
+    """
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    eos_ids: Int[Array, "n"]
+    is_greedy: bool
+
+    @classmethod
+    def create(
+        cls, config: ModelConfig, *, temperature: float = 0.0, top_k: int | None = None, top_p: float = 1.0
+    ) -> "Sampling":
+        """Raises: JsparseError: a value is out of range; all are listed."""
+        problems = []
+        if not temperature >= 0:
+            problems.append(f"temperature is {temperature} and must be at least 0")
+        if top_k is not None and top_k < 1:
+            problems.append(f"top_k is {top_k} and must be at least 1")
+        if not 0 < top_p <= 1:
+            problems.append(f"top_p is {top_p} and must be greater than 0 and at most 1")
+        if problems:
+            raise JsparseError("; ".join(problems))
+        return cls(
+            jnp.float32(temperature),
+            jnp.int32(min(top_k or config.vocab_size, config.vocab_size)),
+            jnp.float32(top_p),
+            jnp.asarray(config.eos_token_ids, jnp.int32),
+            temperature == 0,
+        )
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("caches", "token", "position", "finished", "keys"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything that changes from step to step.
+
+    Attributes:
+      caches: keys and values per layer.
+      token: (B,) the newest token, not yet fed to the model.
+      position: (B,) that token's position.
+      finished: (B,) sequences that have ended.
+      keys: (B,) random keys.
+    """
+
+    caches: tuple[KVCache, ...]
+    token: Int[Array, "B"]
+    position: Int[Array, "B"]
+    finished: Bool[Array, "B"]
+    keys: Shaped[Array, "B"]
+
+
+@partial(jax.jit, static_argnames=("model", "slots"))
+def prefill(
+    weights: dict[str, Any],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    keys: Shaped[Array, "B"],
+    sampling: Sampling,
+    *,
+    model: Model,
+    slots: int,
+) -> DecodeState:
+    """Run right-padded prompts densely, fill caches of `slots` slots and choose the first token of each sequence."""
+
+    def feed_forward(layer, x, ffn):
+        return model.executor.dense_ffn(x, ffn, model.spec), None
+
+    decoder = Decoder(model.config, model.executor)
+    logits, keys_values, _ = decoder.apply(
+        {"params": weights}, tokens, jnp.arange(tokens.shape[1])[None], feed_forward, last=lengths - 1
+    )
+    cache_dtype = jnp.float32 if weights["embed"].dtype == jnp.float32 else jnp.bfloat16
+    caches = tuple(fill_cache(k, v, lengths, slots, cache_dtype) for k, v in keys_values)
+    token, keys = _choose(logits, keys, sampling)
+    return DecodeState(caches, token, lengths, jnp.isin(token, sampling.eos_ids), keys)
+
+
+def decode_step(
+    weights: dict[str, Any],
+    predictors: tuple[Predictor, ...] | None,
+    token: Int[Array, "B"],
+    position: Int[Array, "B"],
+    caches: tuple[KVCache, ...],
+    model: Model,
+) -> tuple[Float[Array, "B V"], tuple[KVCache, ...], Int[Array, "L B 2"]]:
+    """Feed one token per sequence: logits for the next, the caches grown by it, and the executors' neuron counts.
+
+    Without predictors the FFN is dense and the counts are zero.
+    """
+
+    def feed_forward(layer, x, ffn):
+        x = x[:, 0]
+        if predictors is None:
+            return model.executor.dense_ffn(x, ffn, model.spec)[:, None], jnp.zeros((x.shape[0], 2), jnp.int32)
+        y, counts = model.executor.sparse_ffn(x, ffn, predictors[layer], model.spec)
+        return y[:, None], counts
+
+    decoder = Decoder(model.config, model.executor)
+    logits, caches, counts = decoder.apply(
+        {"params": weights}, token[:, None], position[:, None], feed_forward, caches=caches
+    )
+    return logits[:, 0], caches, jnp.stack(counts)
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="state")
+def decode_chunk(
+    weights: dict[str, Any],
+    predictors: tuple[Predictor, ...] | None,
+    state: DecodeState,
+    sampling: Sampling,
+    num_steps: Int[Array, ""],
+    *,
+    model: Model,
+) -> tuple[DecodeState, Int[Array, "B chunk"], Int[Array, "L 2"]]:
+    """Up to num_steps (at most CHUNK) decode steps in one device program; it ends when every sequence has.
+
+    Returns:
+      the state, the chosen tokens with PAD after a sequence's end, and the counts summed over the steps of
+      sequences that had not ended.
+    """
+
+    def step(carry):
+        i, state, tokens, counts = carry
+        logits, caches, step_counts = decode_step(weights, predictors, state.token, state.position, state.caches, model)
+        chosen, keys = _choose(logits, state.keys, sampling)
+        tokens = tokens.at[:, i].set(jnp.where(state.finished, PAD, chosen))
+        counts = counts + jnp.sum(jnp.where(state.finished[:, None], 0, step_counts), axis=1)
+        finished = state.finished | jnp.isin(chosen, sampling.eos_ids)
+        state = DecodeState(caches, chosen, state.position + 1, finished, keys)
+        return i + 1, state, tokens, counts
+
+    def unfinished(carry):
+        return (carry[0] < num_steps) & ~jnp.all(carry[1].finished)
+
+    tokens = jnp.full((state.token.size, CHUNK), PAD, jnp.int32)
+    counts = jnp.zeros((model.config.num_layers, 2), jnp.int32)
+    _, state, tokens, counts = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, tokens, counts))
+    return state, tokens, counts
+
+
+def _choose(logits, keys, sampling):
+    if sampling.is_greedy:
+        return greedy(logits), keys
+    keys, draws = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    return sample(logits, draws, sampling.temperature, sampling.top_k, sampling.top_p), keys
+
+
+def bucket(length: int) -> int:
+    """The padded length: the next power of two from 32 to 512, then the next multiple of 512."""
+    if length > 512:
+        return -(-length // 512) * 512
+    return max(32, 1 << (length - 1).bit_length())
+
+
+@dataclasses.dataclass
+class Statistics:
+    """What a generation did and cost.
+
+    Attributes:
+      prefill_seconds, decode_seconds: wall time, compilation included.
+      decode_steps: tokens decoded after the first of each sequence, over all sequences.
+      counts: (L, 2) neurons predicted active and truly active, summed over those tokens.
+      rows_per_token: FFN weight rows of one layer a dense step reads: 3 F.
+      pipeline: which rows a predicted neuron costs.
+    """
+
+    rows_per_token: int
+    pipeline: str
+    counts: np.ndarray
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_steps: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.decode_steps / self.decode_seconds if self.decode_seconds else float("nan")
+
+    @property
+    def rows_read(self) -> float:
+        """Share of the FFN's weight rows that sparse decoding read; 1 for a dense generation."""
+        predicted, active = self.counts.sum(axis=0)
+        if not predicted:
+            return 1.0
+        rows = predicted + 2 * active if self.pipeline == "sequential" else 2 * predicted + active
+        return float(rows) / (self.decode_steps * self.rows_per_token * len(self.counts))
+
+
+class Decoding:
+    """A batch of prompts being decoded: prefilled when made, advanced by `advance`."""
+
+    def __init__(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        seed: int,
+        executor: ModuleType,
+        sparse: bool,
+        pipeline: str = "sequential",
+    ):
+        """Prompts are lists of ids, none empty, each shorter than the context; see `jsparse.generate` for the rest."""
+        config = params.config
+        self.model = Model(config, executor, FFNSpec.of(config, pipeline))
+        self.sampling = sampling
+        self._weights = params.weights
+        self._predictors = params.predictors if sparse else None
+        longest = max(map(len, prompts))
+        self.remaining = min(max_new_tokens, config.context_length - longest)
+        length = min(bucket(longest), bucket(config.context_length))
+        slots = min(bucket(longest + self.remaining), config.sliding_window or bucket(config.context_length))
+        tokens = np.zeros((len(prompts), length), np.int32)
+        for row, prompt in zip(tokens, prompts):
+            row[: len(prompt)] = prompt
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
+        lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+        counts = np.zeros((config.num_layers, 2), np.int64)
+        self.statistics = Statistics(3 * config.intermediate_size, pipeline, counts)
+        begun = time.perf_counter()
+        self._state = prefill(self._weights, tokens, lengths, keys, sampling, model=self.model, slots=slots)
+        self._first = np.asarray(self._state.token)
+        self.statistics.prefill_seconds = time.perf_counter() - begun
+
+    @property
+    def done(self) -> bool:
+        return self.remaining <= 0 or bool(np.all(self._state.finished))
+
+    def first(self) -> np.ndarray:
+        """The token chosen by the prefill, (B, 1)."""
+        self.remaining -= 1
+        return self._first[:, None]
+
+    def advance(self, max_steps: int = CHUNK) -> np.ndarray:
+        """Decode up to max_steps tokens per sequence, (B, steps), PAD where a sequence had ended."""
+        steps = min(max_steps, self.remaining, CHUNK)
+        begun = time.perf_counter()
+        self._state, tokens, counts = decode_chunk(
+            self._weights, self._predictors, self._state, self.sampling, jnp.int32(steps), model=self.model
+        )
+        tokens = np.asarray(tokens)
+        self.statistics.decode_seconds += time.perf_counter() - begun
+        self.statistics.counts += np.asarray(counts)
+        self.statistics.decode_steps += int((tokens != PAD).sum())
+        self.remaining -= steps
+        return tokens[:, :steps]
+
+    def finish(self, rows: np.ndarray) -> None:
+        """Mark sequences (B,) as ended, whatever they would have said next."""
+        self._state = dataclasses.replace(self._state, finished=self._state.finished | jnp.asarray(rows))

@@ -1,0 +1,67 @@
+"""The pytrees of a model: weights, predictors, and `Params` that holds both."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+
+from jsparse.config import ModelConfig
+from jsparse.quantization import Matrix
+from jsparse.typing import Array, Float
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("gate", "up", "down_t"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class FFNWeights:
+    """The gated FFN of one layer. Neuron j is row j of all three matrices: one contiguous read each.
+
+    Attributes:
+      gate: (F, D).
+      up: (F, D).
+      down_t: (F, D), the transpose of the checkpoint's down_proj.
+    """
+
+    gate: Matrix
+    up: Matrix
+    down_t: Matrix
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("a", "b", "bias"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """The low-rank predictor of one layer: neuron j is predicted active iff (b a x + bias)_j > 0.
+
+    Attributes:
+      a: (R, D).
+      b: (F, R).
+      bias: (F,) float32; +inf for a neuron that is always predicted, -inf for one that never is.
+    """
+
+    a: Matrix
+    b: Matrix
+    bias: Float[Array, "F"]
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("weights", "predictors"), meta_fields=("config", "tokenizer"))
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """A model ready to generate.
+
+    Attributes:
+      config: the architecture (static).
+      weights: the variables of `jsparse.decoder.Decoder`, one subtree per layer, never stacked:
+        {"embed": (V, D), "layers_0": {"attention": {...}, "ffn": FFNWeights, ...}, ..., "norm": {...},
+        "lm_head": (V, D) unless tied}. Linear weights are (out, in).
+      predictors: one `Predictor` per layer, or None for a model that only decodes densely.
+      tokenizer: a `jsparse.tokenizer.Tokenizer`, or None for a model used on token ids alone (static).
+    """
+
+    config: ModelConfig
+    weights: dict[str, Any]
+    predictors: tuple[Predictor, ...] | None = None
+    tokenizer: Any = None

@@ -1,0 +1,220 @@
+"""`jsparse.generate`: prompts in, completions out, of the same kind."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jsparse.errors import JsparseError
+from jsparse.ffn.select import select_executor
+from jsparse.generation import CHUNK, PAD, Decoding, Sampling, Statistics
+from jsparse.params import Params
+from jsparse.tokenizer import Tokenizer
+
+_STREAM_STEPS = 4
+_REPLACEMENT = "\ufffd"
+
+
+def generate(
+    params: Params,
+    prompt: Any,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    stream: bool = False,
+    executor: str = "auto",
+    sparse: bool | None = None,
+    pipeline: str = "sequential",
+    on_finish: Callable[[Statistics], None] | None = None,
+) -> Any:
+    """Continue a prompt, or several at once. Prefill is dense; decoding is sparse where predictors are fitted.
+
+    Args:
+      params: a model from `load`, `fit_predictors` or a converter.
+      prompt: text, a list of chat messages ({"role", "content"}, through the tokenizer's template), or a 1-D array or
+        list of token ids; or a list of any one of these, of different lengths.
+      max_new_tokens: most tokens to add; generation also ends at the context length and at an end-of-text token.
+      temperature: 0 takes the most likely token; otherwise draws from softmax(logits / temperature).
+      top_k, top_p: keep the top_k most likely tokens, and of those the smallest set with probability top_p.
+      seed: of the random draws; a sequence's draws do not depend on its neighbours in the batch.
+      stop: text that ends a completion and is left out of it; for text prompts.
+      stream: return an iterator over pieces of the completion of a single prompt.
+      executor: auto, or a name of `jsparse.ffn.select.EXECUTORS`.
+      sparse: True demands fitted predictors, False decodes densely, None is sparse when fitted.
+      pipeline: sequential or parallel (see `jsparse.ffn.FFNSpec`).
+      on_finish: called with the generation's `Statistics` when it has ended.
+
+    Returns:
+      The completion without the prompt: text for text and chat, an int32 array of ids (end-of-text included) for ids;
+      a list of these for a list.
+
+    Raises:
+      JsparseError: the prompt or an option cannot be used; the message says which and why.
+    """
+    prompts, single, is_text = _read_prompts(params, prompt)
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if stops and not is_text:
+        raise JsparseError("stop strings need text prompts; for token ids, cut the output yourself")
+    if "" in stops:
+        raise JsparseError("a stop string is empty")
+    if stream and not single:
+        raise JsparseError(f"stream=True takes a single prompt; {len(prompts)} were given")
+    if max_new_tokens < 1:
+        raise JsparseError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if pipeline not in ("sequential", "parallel"):
+        raise JsparseError(f"pipeline is {pipeline!r}; it must be sequential or parallel")
+    if sparse and params.predictors is None:
+        raise JsparseError(
+            "sparse=True needs fitted predictors; run jsparse.fit_predictors or python -m jsparse.calibrate"
+        )
+    if seed != int(seed) or not -(2**31) <= seed < 2**31:
+        raise JsparseError(f"seed is {seed}; it must be a 32-bit integer")
+
+    decoding = Decoding(
+        params,
+        prompts,
+        Sampling.create(params.config, temperature=temperature, top_k=top_k, top_p=top_p),
+        max_new_tokens=max_new_tokens,
+        seed=int(seed),
+        executor=select_executor(executor),
+        sparse=params.predictors is not None if sparse is None else sparse,
+        pipeline=pipeline,
+    )
+    make = (lambda ids: _Text(params.tokenizer, ids, stops)) if is_text else (lambda ids: _Tokens())
+    outputs = [make(ids) for ids in prompts]
+    steps = _STREAM_STEPS if stream else CHUNK
+    pieces = _run(decoding, outputs, steps, on_finish)
+    if stream:
+        return (piece for (piece,) in pieces if len(piece))
+    for _ in pieces:
+        pass
+    results = [output.value() for output in outputs]
+    return results[0] if single else results
+
+
+class _Tokens:
+    """A completion as token ids."""
+
+    ended = False
+
+    def __init__(self):
+        self._ids: list[int] = []
+
+    def extend(self, ids: list[int], last: bool) -> np.ndarray:
+        self._ids += ids
+        return np.asarray(ids, np.int32)
+
+    def value(self) -> np.ndarray:
+        return np.asarray(self._ids, np.int32)
+
+
+class _Text:
+    """A completion as text: cut at the first stop string, emitted once it can no longer change."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: list[str]):
+        self._tokenizer, self._prompt, self._stops = tokenizer, prompt, stops
+        # Decoded behind the prompt, because tokenizers drop the space of a first word.
+        self._skip = len(tokenizer.decode(prompt))
+        self._ids: list[int] = []
+        self._text, self._emitted, self.ended = "", 0, False
+
+    def extend(self, ids: list[int], last: bool) -> str:
+        """Take new ids and return the text that is now certain."""
+        if not self.ended:
+            self._ids += ids
+            self._text = self._tokenizer.decode(self._prompt + self._ids)[self._skip :]
+            cuts = [at for at in (self._text.find(stop) for stop in self._stops) if at >= 0]
+            self.ended = bool(cuts)
+            if cuts:
+                self._text = self._text[: min(cuts)]
+        certain = len(self._text) if last or self.ended else self._certain()
+        piece = self._text[self._emitted : certain]
+        self._emitted += len(piece)
+        return piece
+
+    def value(self) -> str:
+        return self._text
+
+    def _certain(self) -> int:
+        """Length without a tail that may be the beginning of a stop string or of a character."""
+        length = len(self._text.rstrip(_REPLACEMENT))
+        held = 0
+        for stop in self._stops:
+            for size in range(1, len(stop)):
+                if self._text.endswith(stop[:size]):
+                    held = max(held, size)
+        return min(length, len(self._text) - held)
+
+
+def _run(decoding: Decoding, outputs: list, steps: int, on_finish) -> Iterator[list]:
+    tokens = decoding.first()
+    while True:
+        last = decoding.done
+        pieces = [output.extend([int(i) for i in row if i != PAD], last) for output, row in zip(outputs, tokens)]
+        stopped = np.array([output.ended for output in outputs])
+        yield pieces
+        if last:
+            break
+        if stopped.any():
+            decoding.finish(stopped)
+        tokens = decoding.advance(steps)
+    if on_finish:
+        on_finish(decoding.statistics)
+
+
+def _read_prompts(params: Params, prompt: Any) -> tuple[list[list[int]], bool, bool]:
+    """Token ids of every prompt, whether it was a single one, and whether text comes back.
+
+    Raises: JsparseError: a prompt is empty, too long, of no known kind, or has ids outside the vocabulary.
+    """
+    config = params.config
+    single = isinstance(prompt, str) or _is_chat(prompt) or _is_ids(prompt)
+    items = [prompt] if single else list(prompt) if isinstance(prompt, Sequence | np.ndarray) else None
+    if items is None and hasattr(prompt, "__array__"):
+        items = list(np.asarray(prompt))
+    if not items:
+        raise JsparseError(
+            "the prompt is empty" if items == [] else f"a prompt cannot be of type {type(prompt).__name__}"
+        )
+    kinds = {
+        str if isinstance(item, str) else dict if _is_chat(item) else int if _is_ids(item) else None for item in items
+    }
+    if None in kinds or len(kinds) > 1 and int in kinds:
+        raise JsparseError("a list of prompts must hold texts, chats (lists of messages) or arrays of token ids")
+    is_text = int not in kinds
+    if is_text and params.tokenizer is None:
+        raise JsparseError("this model has no tokenizer; pass arrays of token ids")
+    prompts = []
+    for number, item in enumerate(items):
+        where = "the prompt" if single else f"prompt {number}"
+        if len(item) == 0:
+            raise JsparseError(f"{where} is empty")
+        if isinstance(item, str):
+            ids = params.tokenizer.encode(item)
+        else:
+            ids = params.tokenizer.encode_chat(item) if _is_chat(item) else [int(i) for i in np.asarray(item)]
+        outside = [i for i in ids if not 0 <= i < config.vocab_size]
+        if outside:
+            raise JsparseError(
+                f"{where} has token id {outside[0]}; the vocabulary has ids 0 to {config.vocab_size - 1}"
+            )
+        if len(ids) >= config.context_length:
+            raise JsparseError(
+                f"{where} has {len(ids)} tokens; the model's context of {config.context_length} must leave room for one more"
+            )
+        prompts.append(ids)
+    return prompts, single, is_text
+
+
+def _is_chat(item: Any) -> bool:
+    return isinstance(item, list | tuple) and len(item) > 0 and all(isinstance(message, dict) for message in item)
+
+
+def _is_ids(item: Any) -> bool:
+    if isinstance(item, list | tuple):
+        return len(item) > 0 and all(isinstance(i, int | np.integer) for i in item)
+    return hasattr(item, "__array__") and np.ndim(item) == 1 and np.issubdtype(np.asarray(item).dtype, np.integer)
