@@ -1,6 +1,6 @@
 """Train the ReGLU language model that the package ships, on the Python standard library and worked arithmetic.
 
-    python examples/train_default_model.py --work-dir /tmp/default_model --steps 4000 --output jsparse/default_model
+    python examples/train_default_model.py --work-dir /tmp/default_model --steps 2400 --output jsparse/default_model
 
 Writes a Hugging Face Llama checkpoint (`hidden_act: relu`) with its calibration text and held-out data. Run again
 after an interruption it continues from the last checkpoint; with fewer steps it enters the learning-rate decay
@@ -8,9 +8,9 @@ earlier. Needs the `train` extra.
 """
 
 import argparse
+import dataclasses
 import json
 import random
-import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -22,10 +22,14 @@ import optax
 import orbax.checkpoint as ocp
 from arithmetic import make_problem, make_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
+import jsparse.tokenizer
+from convert import to_huggingface
 from jsparse.config import ModelConfig
 from jsparse.decoder import Decoder
 from jsparse.ffn import reference
+from jsparse.params import Params
 
 CONFIG = ModelConfig(
     hidden_size=256,
@@ -41,6 +45,7 @@ CONFIG = ModelConfig(
     name="default",
 )
 CODE_ROWS, ARITHMETIC_ROWS = 7, 1
+TRAIN_PROBLEMS = 200_000
 SPARSITY_TARGET = 0.92
 MUON_LEARNING_RATE, ADAM_LEARNING_RATE = 0.02, 3e-3
 WARMUP_STEPS, DECAY_SHARE = 100, 0.4
@@ -180,7 +185,9 @@ def train(work_dir: Path, steps: int) -> tuple[dict, Tokenizer]:
         train_tokenizer(texts).save(str(tokenizer_file))
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     code = encode_documents(tokenizer, texts)
-    problems = [encoding.ids[1:] for encoding in tokenizer.encode_batch([make_text(1, s) for s in range(200_000)])]
+    problems = [
+        encoding.ids[1:] for encoding in tokenizer.encode_batch([make_text(1, s) for s in range(TRAIN_PROBLEMS)])
+    ]
     starts = np.cumsum([0, *map(len, problems[:-1])])
     arithmetic = np.concatenate([np.array(ids, np.int32) for ids in problems])
     print(f"{len(code):,} tokens of code, {len(arithmetic):,} of arithmetic", flush=True)
@@ -208,14 +215,49 @@ def train(work_dir: Path, steps: int) -> tuple[dict, Tokenizer]:
     return state["weights"], tokenizer
 
 
+def export(weights: dict, tokenizer: Tokenizer, output: Path) -> None:
+    """Write the checkpoint, calibration text and held-out data."""
+    _, calibration_files, held_out_files = collect_files()
+    backend = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    to_huggingface(Params(CONFIG, weights, None, jsparse.tokenizer.Tokenizer(backend)), output)
+
+    def excerpts(paths, tokens_per_file):
+        return [cut(tokenizer, read(path), tokens_per_file) for path in paths]
+
+    calibration = "".join(excerpts(calibration_files, 1_300)) + make_text(120, seed=1_000_000)
+    (output / "calibration.txt").write_text(calibration, encoding="utf-8")
+    write_lines(output / "held_out_code.jsonl", [{"text": text} for text in excerpts(held_out_files, 2_000)])
+    trained_on = {make_problem(random.Random(seed)).prompt for seed in range(TRAIN_PROBLEMS)}
+    rng, problems = random.Random(2_000_000), []
+    while len(problems) < 600:
+        problem = make_problem(rng)
+        if problem.prompt not in trained_on:
+            problems.append(dataclasses.asdict(problem))
+    write_lines(output / "held_out_arithmetic.jsonl", problems)
+
+
+def cut(tokenizer: Tokenizer, text: str, num_tokens: int) -> str:
+    """The first tokens of a text, at most, up to the end of a line."""
+    offsets = tokenizer.encode(text).offsets[: num_tokens + 1]
+    return text[: text.rfind("\n", 0, offsets[-1][1]) + 1]
+
+
+def write_lines(path: Path, entries: list[dict]) -> None:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work-dir", type=Path, required=True, help="checkpoints and tokenizer of this run")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint directory to write")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint directory to write; must not exist")
     args = parser.parse_args()
+    if args.output.exists():
+        parser.error(f"--output {args.output} exists; remove it first")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     weights, tokenizer = train(args.work_dir.absolute(), args.steps)
+    export(weights, tokenizer, args.output)
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

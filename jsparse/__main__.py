@@ -6,7 +6,7 @@ import sys
 import jax
 
 from jsparse import calibrate
-from jsparse.checkpoint import load
+from jsparse.checkpoint import DTYPES, load
 from jsparse.commands import run_command
 from jsparse.ffn.select import EXECUTORS
 from jsparse.generation import Statistics
@@ -47,9 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="jsparse directory, Hugging Face checkpoint, or 'default'")
-    command.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16", "int8"), help="weights of a HF checkpoint"
-    )
+    command.add_argument("--dtype", choices=DTYPES, help="weights of a HF checkpoint")
     command.add_argument("--ffn", choices=("reglu", "drelu", "fatrelu", "swiglu"), help="FFN kind of a HF checkpoint")
 
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jsparse.calibration import CalibrationOptions, LayerReport, fit_predictors
-from jsparse.checkpoint import check_new, load, save
+from jsparse.checkpoint import DEFAULT_MODEL, DTYPES, check_new, load, save
 from jsparse.commands import run_command
 from jsparse.errors import JsparseError
 from jsparse.params import Params
@@ -42,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-center", dest="center", action="store_false", help="keep the data's mean (ablation)")
     parser.add_argument("--bias", choices=("neuron", "layer", "none"), default=defaults.bias, help="thresholds")
     parser.add_argument("--importance", choices=("gate", "hidden", "output"), default=defaults.importance)
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16", "int8"), help="weights of a HF checkpoint"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="weights of a HF checkpoint")
     parser.add_argument("--ffn", choices=("reglu", "drelu", "fatrelu"), help="FFN kind of a HF checkpoint")
     parser.add_argument("--plot", type=Path, help="write a PNG of sparsity and recall per layer")
 
@@ -110,7 +108,7 @@ def read_prompts(path: Path) -> list[Any]:
             problems.append(f"line {number} is not JSON")
             continue
         text = (entry.get("text") or entry.get("messages")) if isinstance(entry, dict) else None
-        if isinstance(text, str) or isinstance(text, list) and all(isinstance(message, dict) for message in text):
+        if isinstance(text, str) or (isinstance(text, list) and all(isinstance(message, dict) for message in text)):
             texts.append(text)
         else:
             problems.append(f"line {number} has neither a 'text' string nor a 'messages' list")
@@ -125,8 +123,6 @@ def default_texts(model: str) -> list[str]:
 
     Raises: JsparseError: another model was asked for.
     """
-    from jsparse.checkpoint import DEFAULT_MODEL
-
     if model != "default":
         raise JsparseError("--prompts is missing: a .txt or .jsonl file of text like what the model will be used on")
     return [(DEFAULT_MODEL / "calibration.txt").read_text(encoding="utf-8")]

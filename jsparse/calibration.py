@@ -159,7 +159,7 @@ def make_rows(params: Params, texts: Sequence[Any] | str, options: CalibrationOp
     texts = [texts] if isinstance(texts, str) else list(texts)
     bos = [] if config.bos_token_id is None else [config.bos_token_id]
     stream = np.concatenate([np.zeros(0, np.int64), *(_to_ids(params, text) for text in texts)])
-    if stream.size and not (0 <= stream.min() and stream.max() < config.vocab_size):
+    if np.any((stream < 0) | (stream >= config.vocab_size)):
         raise JsparseError(f"calibration token ids must be 0 to {config.vocab_size - 1}, the model's vocabulary")
     needed = 4 * max(options.ranks(config))
     usable = min(stream.size, options.tokens)
@@ -308,11 +308,11 @@ def _gram(x: Float[np.ndarray, "n D"], mean: Float[np.ndarray, "D"]) -> Float[np
 
 
 def _to_ids(params: Params, text: Any) -> np.ndarray:
-    if isinstance(text, str | list | tuple) and (isinstance(text, str) or text and isinstance(text[0], dict)):
+    is_chat = isinstance(text, list | tuple) and bool(text) and isinstance(text[0], dict)
+    if isinstance(text, str) or is_chat:
         if params.tokenizer is None:
             raise JsparseError("this model has no tokenizer; give calibration texts as arrays of token ids")
-        ids = params.tokenizer.encode(text) if isinstance(text, str) else params.tokenizer.encode_chat(text)
-        return np.asarray(ids, np.int64)
+        return np.asarray(params.tokenizer.encode_chat(text) if is_chat else params.tokenizer.encode(text), np.int64)
     ids = np.asarray(text)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise JsparseError(f"a calibration text must be a string, a chat or a 1-D array of token ids, not {type(text)}")

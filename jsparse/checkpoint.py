@@ -27,6 +27,7 @@ from jsparse.tokenizer import load_tokenizer
 
 _MANIFEST = "jsparse.json"
 _FORMAT = 1
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
 
 

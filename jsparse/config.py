@@ -77,9 +77,7 @@ class ModelConfig:
         if self.ffn_kind not in FFN_KINDS:
             problems.append(f"ffn_kind is {self.ffn_kind!r} and must be one of {', '.join(FFN_KINDS)}")
         if self.ffn_threshold and self.ffn_kind != "fatrelu":
-            problems.append(
-                f"ffn_threshold is {self.ffn_threshold} but only fatrelu has one (ffn_kind {self.ffn_kind})"
-            )
+            problems.append(f"ffn_threshold is {self.ffn_threshold}, but {self.ffn_kind} has none")
         if problems:
             raise ValueError("model config: " + "; ".join(problems))
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jsparse.config import ModelConfig
-from jsparse.layers import Block, FeedForward, KVCache, RMSNorm
+from jsparse.layers import Block, FeedForward, KVCache, RMSNorm, parameter
 from jsparse.quantization import Matrix, take_rows
 from jsparse.typing import Array, Float, Int
 
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
           last: if given, only the logits of this token of each sequence are computed.
         """
         c = self.config
-        embed = self.param("embed", _init_embed, (c.vocab_size, c.hidden_size))
+        embed = parameter(self, "embed", _init_embed, (c.vocab_size, c.hidden_size))
         x = c.embed_scale * take_rows(embed, tokens.reshape(-1)).reshape(*tokens.shape, c.hidden_size)
         new_caches, extras = [], []
         for layer in range(c.num_layers):
@@ -54,5 +54,7 @@ class Decoder(nn.Module):
         if last is not None:
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         x = c.logit_scale * RMSNorm(c.hidden_size, c.norm_eps, name="norm")(x)
-        head: Matrix = embed if c.tie_embeddings else self.param("lm_head", _init_embed, (c.vocab_size, c.hidden_size))
+        head: Matrix = (
+            embed if c.tie_embeddings else parameter(self, "lm_head", _init_embed, (c.vocab_size, c.hidden_size))
+        )
         return self.executor.linear(x, head), tuple(new_caches), extras

@@ -1,7 +1,7 @@
 """The decoder's building blocks as Flax Linen modules: norm, rotary attention, residual block."""
 
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,7 @@ _QUERY_BLOCK = 512
 _init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
 
 
+@runtime_checkable
 class FeedForward(Protocol):
     """The FFN of one layer as the caller wants it computed.
 
@@ -29,13 +30,24 @@ class FeedForward(Protocol):
     def __call__(self, layer: int, x: Float[Array, "B T D"], ffn: FFNWeights) -> tuple[Float[Array, "B T D"], Any]: ...
 
 
+def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
+    """A parameter of a module, made by `init(key, shape)` where the module is being initialised.
+
+    Linen's own lookup compares shapes leaf by leaf and so refuses quantised matrices; shapes are checked where a
+    checkpoint is loaded.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape)
+
+
 class RMSNorm(nn.Module):
     size: int
     eps: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale = self.param("scale", nn.initializers.ones, (self.size,))
+        scale = parameter(self, "scale", nn.initializers.ones, (self.size,))
         x = x.astype(jnp.float32)
         return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale.astype(jnp.float32)
 
@@ -54,8 +66,8 @@ class Attention(nn.Module):
         c = self.config
 
         def project(name, heads):
-            weight = self.param(f"{name}_proj", _init, (heads * c.head_dim, c.hidden_size))
-            bias = self.param(f"{name}_bias", nn.initializers.zeros, (heads * c.head_dim,)) if c.qkv_bias else None
+            weight = parameter(self, f"{name}_proj", _init, (heads * c.head_dim, c.hidden_size))
+            bias = parameter(self, f"{name}_bias", nn.initializers.zeros, (heads * c.head_dim,)) if c.qkv_bias else None
             y = self.executor.linear(x, weight)
             y = y if bias is None else y + bias
             return y.reshape(*x.shape[:2], heads, c.head_dim)
@@ -69,7 +81,7 @@ class Attention(nn.Module):
             mask = visible_slots(positions[:, 0], cache[0].shape[1], c.sliding_window)
             keys, values = (side.astype(q.dtype) for side in cache)
             out = jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None, None, :])
-        weight = self.param("o_proj", _init, (c.hidden_size, c.num_heads * c.head_dim))
+        weight = parameter(self, "o_proj", _init, (c.hidden_size, c.num_heads * c.head_dim))
         return self.executor.linear(out.reshape(*x.shape[:2], -1), weight), cache
 
 
@@ -93,7 +105,7 @@ class Block(nn.Module):
         attended, cache = Attention(c, self.executor, name="attention")(normed, positions, cache)
         x = x + c.residual_scale * attended
         normed = RMSNorm(c.hidden_size, c.norm_eps, name="post_attention_norm")(x)
-        ffn = self.param("ffn", _init_ffn, (c.intermediate_size, c.hidden_size))
+        ffn = parameter(self, "ffn", _init_ffn, (c.intermediate_size, c.hidden_size))
         y, extras = feed_forward(self.layer, normed, ffn)
         return x + c.residual_scale * y, cache, extras
 

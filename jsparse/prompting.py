@@ -1,7 +1,7 @@
 """`jsparse.generate`: prompts in, completions out, of the same kind."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -68,9 +68,7 @@ def generate(
     if pipeline not in ("sequential", "parallel"):
         raise JsparseError(f"pipeline is {pipeline!r}; it must be sequential or parallel")
     if sparse and params.predictors is None:
-        raise JsparseError(
-            "sparse=True needs fitted predictors; run jsparse.fit_predictors or python -m jsparse.calibrate"
-        )
+        raise JsparseError("sparse=True needs predictors; fit them with jsparse.fit_predictors or jsparse.calibrate")
     if seed != int(seed) or not -(2**31) <= seed < 2**31:
         raise JsparseError(f"seed is {seed}; it must be a 32-bit integer")
 
@@ -172,20 +170,16 @@ def _read_prompts(params: Params, prompt: Any) -> tuple[list[list[int]], bool, b
     Raises: JsparseError: a prompt is empty, too long, of no known kind, or has ids outside the vocabulary.
     """
     config = params.config
-    single = isinstance(prompt, str) or _is_chat(prompt) or _is_ids(prompt)
-    items = [prompt] if single else list(prompt) if isinstance(prompt, Sequence | np.ndarray) else None
-    if items is None and hasattr(prompt, "__array__"):
-        items = list(np.asarray(prompt))
+    single = _kind(prompt) is not None
+    if not single and not isinstance(prompt, list | tuple) and np.ndim(prompt) != 2:
+        raise JsparseError(f"a prompt cannot be of type {type(prompt).__name__}")
+    items = [prompt] if single else list(prompt)
     if not items:
-        raise JsparseError(
-            "the prompt is empty" if items == [] else f"a prompt cannot be of type {type(prompt).__name__}"
-        )
-    kinds = {
-        str if isinstance(item, str) else dict if _is_chat(item) else int if _is_ids(item) else None for item in items
-    }
-    if None in kinds or len(kinds) > 1 and int in kinds:
-        raise JsparseError("a list of prompts must hold texts, chats (lists of messages) or arrays of token ids")
-    is_text = int not in kinds
+        raise JsparseError("the prompt is empty")
+    kinds = {_kind(item) for item in items}
+    if None in kinds or kinds > {"ids"}:
+        raise JsparseError("a list of prompts must hold texts, chats (lists of messages) or 1-D arrays of token ids")
+    is_text = "ids" not in kinds
     if is_text and params.tokenizer is None:
         raise JsparseError("this model has no tokenizer; pass arrays of token ids")
     prompts = []
@@ -193,28 +187,28 @@ def _read_prompts(params: Params, prompt: Any) -> tuple[list[list[int]], bool, b
         where = "the prompt" if single else f"prompt {number}"
         if len(item) == 0:
             raise JsparseError(f"{where} is empty")
-        if isinstance(item, str):
+        if _kind(item) == "text":
             ids = params.tokenizer.encode(item)
+        elif _kind(item) == "chat":
+            ids = params.tokenizer.encode_chat(item)
         else:
-            ids = params.tokenizer.encode_chat(item) if _is_chat(item) else [int(i) for i in np.asarray(item)]
+            ids = [int(i) for i in np.asarray(item)]
         outside = [i for i in ids if not 0 <= i < config.vocab_size]
         if outside:
-            raise JsparseError(
-                f"{where} has token id {outside[0]}; the vocabulary has ids 0 to {config.vocab_size - 1}"
-            )
+            raise JsparseError(f"{where} has token id {outside[0]}; the vocabulary is 0 to {config.vocab_size - 1}")
         if len(ids) >= config.context_length:
-            raise JsparseError(
-                f"{where} has {len(ids)} tokens; the model's context of {config.context_length} must leave room for one more"
-            )
+            raise JsparseError(f"{where} has {len(ids)} tokens; the context is {config.context_length}, one of it new")
         prompts.append(ids)
     return prompts, single, is_text
 
 
-def _is_chat(item: Any) -> bool:
-    return isinstance(item, list | tuple) and len(item) > 0 and all(isinstance(message, dict) for message in item)
-
-
-def _is_ids(item: Any) -> bool:
+def _kind(item: Any) -> Literal["text", "chat", "ids"] | None:
+    """What a single prompt is, or None for anything else."""
+    if isinstance(item, str):
+        return "text"
     if isinstance(item, list | tuple):
-        return len(item) > 0 and all(isinstance(i, int | np.integer) for i in item)
-    return hasattr(item, "__array__") and np.ndim(item) == 1 and np.issubdtype(np.asarray(item).dtype, np.integer)
+        if item and all(isinstance(message, dict) for message in item):
+            return "chat"
+        return "ids" if item and all(isinstance(i, int | np.integer) for i in item) else None
+    is_array = hasattr(item, "__array__") and np.ndim(item) == 1
+    return "ids" if is_array and np.issubdtype(np.asarray(item).dtype, np.integer) else None

@@ -38,7 +38,7 @@ class QuantizedRows:
         return self.values.nbytes + self.scale.nbytes
 
 
-Matrix = Shaped[Array, "rows columns"] | QuantizedRows
+Matrix = Shaped[Array, "_ _"] | QuantizedRows
 
 
 def quantize_rows(matrix: Float[Array, "rows columns"], bits: int) -> QuantizedRows:
@@ -79,10 +79,10 @@ def dequantize(matrix: Matrix) -> Float[Array, "rows columns"]:
 
 
 def take_rows(matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:
-    """Rows `indices` of the matrix in float32; only those rows are read. Indices past the end read the last."""
+    """Rows `indices` of the matrix in float32; only those rows are read. An index past the end gives zeros."""
 
     def gather(array):
-        return array.at[indices].get(mode="clip")
+        return array.at[indices].get(mode="fill", fill_value=0)
 
     if isinstance(matrix, QuantizedRows):
         return dequantize(dataclasses.replace(matrix, values=gather(matrix.values), scale=gather(matrix.scale)))

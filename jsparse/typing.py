@@ -15,7 +15,10 @@
 | V | vocabulary |
 """
 
-from jax import Array
+import jax
+import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
+
+Array = jax.Array | np.ndarray
 
 __all__ = ["Array", "Bool", "Float", "Int", "Shaped", "UInt8"]

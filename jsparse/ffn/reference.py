@@ -24,7 +24,7 @@ def linear(x: Float[Array, "... D"], weight: Matrix) -> Float[Array, "... out"]:
     return jnp.einsum("...d,od->...o", x.astype(jnp.float32), dequantize(weight))
 
 
-def dense_ffn(x: Float[Array, "B D"], ffn: FFNWeights, spec: FFNSpec) -> Float[Array, "B D"]:
+def dense_ffn(x: Float[Array, "... D"], ffn: FFNWeights, spec: FFNSpec) -> Float[Array, "... D"]:
     """The FFN over all neurons (the formula is at `FFNSpec`); leading axes of x are free."""
     hidden = spec.phi(linear(x, ffn.gate)) * spec.psi(linear(x, ffn.up))
     return hidden @ dequantize(ffn.down_t)

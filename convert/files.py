@@ -1,0 +1,57 @@
+"""Files around a checkpoint: JSON in, and whole directories out at once or not at all."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from convert.errors import ConversionError
+from jsparse.checkpoint import replacing_directory
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+      ConversionError: the file is missing, unreadable, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConversionError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConversionError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def check_destination(destination: Path) -> None:
+    """Raise ConversionError if something is there already."""
+    if os.path.lexists(destination):
+        raise ConversionError(f"{destination} already exists; choose another name or remove it")
+
+
+def check_writable(destination: Path) -> None:
+    """Raise ConversionError unless the nearest existing folder above the destination is a writable directory."""
+    parent = next(folder for folder in destination.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ConversionError(f"{destination} cannot be made: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConversionError(f"{destination} cannot be made: {parent} is not writable")
+
+
+@contextlib.contextmanager
+def new_directory(destination: Path) -> Iterator[Path]:
+    """A temporary sibling to write into, renamed to the destination on success and removed on any failure.
+
+    Raises:
+      ConversionError: something is at the destination already.
+      JsparseError: writing fails.
+    """
+    check_destination(destination)
+    with replacing_directory(destination) as partial:
+        yield partial

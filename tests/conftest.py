@@ -1,0 +1,74 @@
+"""Shared fixtures; array annotations of the package are checked at run time in tests."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# ruff: noqa: E402  the import hook comes before what it checks
+from jaxtyping import install_import_hook
+
+# Not the pytrees in params and quantization: JAX also builds those around leaves that are no arrays.
+_CHECKED = ("calibration", "decoder", "ffn", "generation", "layers", "predictor", "sampling", "thresholds")
+install_import_hook([f"jsparse.{module}" for module in _CHECKED], "beartype.beartype")
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsparse
+from jsparse.decoder import Decoder
+from jsparse.ffn import FFNSpec, reference
+
+TINY = jsparse.ModelConfig(
+    hidden_size=64,
+    intermediate_size=256,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=128,
+    context_length=256,
+    name="tiny",
+)
+
+
+def random_params(config: jsparse.ModelConfig, seed: int = 0) -> jsparse.Params:
+    """A random model whose logits are spread enough for greedy decoding to wander."""
+
+    def feed_forward(layer, x, ffn):
+        return reference.dense_ffn(x, ffn, FFNSpec.of(config)), None
+
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    variables = Decoder(config, reference).init(jax.random.key(seed), tokens, jnp.arange(4)[None], feed_forward)
+    weights = variables["params"]
+    return jsparse.Params(config, {**weights, "embed": 50 * weights["embed"]})
+
+
+@pytest.fixture(scope="session")
+def tiny() -> jsparse.Params:
+    return random_params(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens() -> list[np.ndarray]:
+    return [np.random.default_rng(1).integers(0, TINY.vocab_size, 3000)]
+
+
+@pytest.fixture(scope="session")
+def tiny_fitted(tiny, tiny_tokens) -> jsparse.Params:
+    return jsparse.fit_predictors(tiny, tiny_tokens, rank=16, sparsity=0.8)
+
+
+@pytest.fixture(scope="session")
+def default() -> jsparse.Params:
+    return jsparse.load("default")
+
+
+def predict_all(params: jsparse.Params) -> jsparse.Params:
+    """The same model with predictors that predict every neuron."""
+    predictors = tuple(
+        dataclasses.replace(predictor, bias=jnp.full_like(predictor.bias, jnp.inf)) for predictor in params.predictors
+    )
+    return dataclasses.replace(params, predictors=predictors)

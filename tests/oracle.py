@@ -1,0 +1,57 @@
+"""Independent float64 NumPy references: the FFN of the predicted neurons, and the threshold greedy step by step."""
+
+import numpy as np
+
+from jsparse.ffn import FFNSpec
+from jsparse.params import FFNWeights, Predictor
+from jsparse.quantization import QuantizedRows
+
+
+def matrix(stored) -> np.ndarray:
+    """The exact value of a stored matrix: plain in any dtype, int8 rows, or packed int4 rows."""
+    if not isinstance(stored, QuantizedRows):
+        return np.asarray(stored).astype(np.float64)
+    values = np.asarray(stored.values)
+    if stored.bits == 4:
+        unpacked = np.empty((values.shape[0], 2 * values.shape[1]), np.int64)
+        unpacked[:, 0::2] = values & 0x0F
+        unpacked[:, 1::2] = values >> 4
+        values = unpacked[:, : stored.columns] - 8
+    return values.astype(np.float64) * np.asarray(stored.scale, np.float64)[:, None]
+
+
+def ffn(x, weights: FFNWeights, predictor: Predictor | None, spec: FFNSpec) -> tuple[np.ndarray, np.ndarray]:
+    """y (B, D) and counts (B, 2) over the predicted neurons, or over all of them without a predictor."""
+    x = np.asarray(x, np.float64)
+    gate, up = x @ matrix(weights.gate).T, x @ matrix(weights.up).T
+    hidden = gate / (1 + np.exp(-gate)) if spec.kind == "swiglu" else np.where(gate > spec.threshold, gate, 0)
+    hidden = hidden * (np.maximum(up, 0) if spec.kind == "drelu" else up)
+    predicted = np.ones(hidden.shape, bool)
+    if predictor is not None:
+        scores = x @ matrix(predictor.a).T @ matrix(predictor.b).T + np.asarray(predictor.bias, np.float64)
+        predicted = scores > 0
+    hidden = hidden * predicted
+    return hidden @ matrix(weights.down_t), np.stack([predicted.sum(1), (hidden != 0).sum(1)], axis=1)
+
+
+def calibrate_bias(scores, importance, target: float, levels: int = 256) -> tuple[np.ndarray, bool]:
+    """The greedy of the method, one step at a time: bias (F,), and whether dead neurons stopped it."""
+    num_neurons, num_tokens = scores.shape
+    order = np.argsort(scores, axis=1, kind="stable")
+    ascending = np.take_along_axis(np.asarray(scores, np.float64), order, axis=1)
+    lost = np.cumsum(np.take_along_axis(np.asarray(importance, np.float64), order, axis=1), axis=1)
+    skipped = [level * num_tokens // (levels - 1) for level in range(levels)]
+    cost = [[lost[j, k - 1] if k else 0.0 for k in skipped] for j in range(num_neurons)]
+    level = [0] * num_neurons
+    for j in range(num_neurons):
+        while level[j] < int(0.95 * (levels - 1)) and cost[j][level[j] + 1] == 0:
+            level[j] += 1
+    early = False
+    while sum(level) < target * num_neurons * (levels - 1) - 1e-6:
+        if sum(q == levels - 1 for q in level) > 0.01 * num_neurons:
+            early = True
+            break
+        steps = [cost[j][q + 1] - cost[j][q] if q < levels - 1 else np.inf for j, q in enumerate(level)]
+        level[int(np.argmin(steps))] += 1
+    bias = [np.inf if skipped[q] == 0 else -ascending[j, skipped[q] - 1] for j, q in enumerate(level)]
+    return np.array(bias), early

@@ -1,0 +1,141 @@
+"""One suite for every FFN executor: the function of the float64 oracle, on the executor's own path."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from jsparse.ffn import FFNSpec
+from jsparse.ffn.select import EXECUTORS, select_executor
+from jsparse.params import FFNWeights, Predictor
+from jsparse.quantization import QuantizedRows, quantize_rows
+
+SPECS = [
+    FFNSpec(kind, threshold, pipeline)
+    for kind, threshold in (("reglu", 0.0), ("drelu", 0.0), ("fatrelu", 0.3))
+    for pipeline in ("sequential", "parallel")
+]
+TOLERANCE = 1e-5
+"""Relative to the largest output, float32 arithmetic against float64 on the same stored weights."""
+
+
+@pytest.fixture(params=EXECUTORS)
+def executor(request):
+    import importlib
+
+    module = importlib.import_module(EXECUTORS[request.param])
+    if reason := module.unavailable():
+        pytest.skip(f"executor {request.param}: {reason}")
+    return select_executor(request.param)
+
+
+def problem(*, batch=3, width=96, neurons=300, rank=24, bits=16, storage="float32", predicted="some", seed=0):
+    """x, weights and predictor; neurons is no multiple of any block size, and an odd rank ends in half a byte."""
+    keys = jax.random.split(jax.random.key(seed), 7)
+
+    def store(matrix):
+        return quantize_rows(matrix, 8) if storage == "int8" else matrix.astype(storage)
+
+    gate, up, down_t = (store(jax.random.normal(key, (neurons, width))) for key in keys[:3])
+    a, b = jax.random.normal(keys[3], (rank, width)), jax.random.normal(keys[4], (neurons, rank))
+    a, b = (m.astype(jnp.bfloat16) if bits == 16 else quantize_rows(m, bits) for m in (a, b))
+    bias = {
+        "none": jnp.full(neurons, -jnp.inf),
+        "some": 60 * jax.random.normal(keys[5], (neurons,)),
+        "all": jnp.full(neurons, jnp.inf),
+    }[predicted]
+    x = jax.random.normal(keys[6], (batch, width))
+    return x, FFNWeights(gate, up, down_t), Predictor(a, b, bias)
+
+
+def check(executor, x, ffn, predictor, spec):
+    y, counts = jax.jit(executor.sparse_ffn, static_argnames="spec")(x, ffn, predictor, spec=spec)
+    expected, expected_counts = oracle.ffn(x, ffn, predictor, spec)
+    np.testing.assert_array_equal(counts, expected_counts)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCE * max(1.0, np.abs(expected).max()))
+    return counts
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind}-{s.pipeline}")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("predicted", ["none", "some", "all"])
+def test_sparse_ffn_is_the_ffn_of_the_predicted_neurons(executor, spec, bits, batch, predicted):
+    counts = check(executor, *problem(batch=batch, bits=bits, predicted=predicted), spec)
+    shares = np.asarray(counts)[:, 0] / 300
+    assert {"none": (shares == 0), "some": (shares > 0.2) & (shares < 0.8), "all": (shares == 1)}[predicted].all()
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "int8"])
+def test_sparse_ffn_on_stored_weights(executor, storage):
+    check(executor, *problem(storage=storage), FFNSpec("reglu"))
+
+
+@pytest.mark.parametrize(("width", "neurons", "rank"), [(8, 1, 1), (33, 127, 7), (64, 128, 1), (31, 257, 31)])
+def test_sparse_ffn_at_odd_shapes(executor, width, neurons, rank):
+    for bits in (16, 8, 4):
+        check(executor, *problem(width=width, neurons=neurons, rank=rank, bits=bits), FFNSpec("reglu"))
+
+
+@pytest.mark.parametrize("kind", ["reglu", "drelu", "fatrelu", "swiglu"])
+def test_dense_ffn_is_the_ffn_of_all_neurons(executor, kind):
+    x, ffn, _ = problem()
+    spec = FFNSpec(kind, 0.3 if kind == "fatrelu" else 0.0)
+    expected, _ = oracle.ffn(x, ffn, None, spec)
+    y = executor.dense_ffn(x, ffn, spec)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_linear(executor, storage):
+    x, ffn, _ = problem(storage=storage)
+    expected = np.asarray(x, np.float64) @ oracle.matrix(ffn.gate).T
+    np.testing.assert_allclose(executor.linear(x, ffn.gate), expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def test_sparse_ffn_reads_no_row_that_is_not_predicted(executor):
+    """Rows of neurons that are not predicted hold NaN, in all three matrices: one that is read would show."""
+    x, ffn, predictor = problem(batch=1)
+    predicted = np.asarray(x @ predictor.a.T.astype(jnp.float32) @ predictor.b.T.astype(jnp.float32) + predictor.bias)
+    keep = jnp.asarray(predicted[0] > 0)[:, None]
+    poisoned = FFNWeights(*(jnp.where(keep, m, jnp.nan) for m in (ffn.gate, ffn.up, ffn.down_t)))
+    for spec in SPECS:
+        y, _ = executor.sparse_ffn(x, poisoned, predictor, spec)
+        expected, _ = oracle.ffn(x, ffn, predictor, spec)
+        np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def test_work_is_proportional_to_the_active_neurons(executor):
+    """Time, not only values: skipping 99% of the neurons must take well under half the time of none.
+
+    A coarse guard against a masked dense product; speeds themselves are measured in benchmarks.
+    """
+    import time
+
+    x, ffn, predictor = problem(batch=1, width=512, neurons=16384, rank=1, predicted="all")
+    few = Predictor(predictor.a, predictor.b, jnp.where(jnp.arange(16384) < 160, jnp.inf, -jnp.inf))
+    run = jax.jit(executor.sparse_ffn, static_argnames="spec")
+
+    def best(p):
+        seconds = []
+        for _ in range(7):
+            begun = time.perf_counter()
+            jax.block_until_ready(run(x, ffn, p, spec=FFNSpec("reglu", pipeline="parallel")))
+            seconds.append(time.perf_counter() - begun)
+        return min(seconds)
+
+    assert best(few) < 0.5 * best(predictor)
+
+
+def test_quantised_rows_round_trip():
+    values = jax.random.normal(jax.random.key(0), (50, 33))
+    for bits, bound in ((8, 0.01), (4, 0.2)):
+        stored = quantize_rows(values, bits)
+        assert stored.shape == (50, 33)
+        error = np.linalg.norm(oracle.matrix(stored) - np.asarray(values)) / np.linalg.norm(values)
+        assert error < bound
+    assert quantize_rows(jnp.zeros((2, 3)), 4).scale.tolist() == [1.0, 1.0]
+    assert isinstance(quantize_rows(values, 4), QuantizedRows)
+    with pytest.raises(ValueError, match="bits is 3"):
+        quantize_rows(values, 3)
