@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-center", dest="center", action="store_false", help="keep the data's mean (ablation)")
     parser.add_argument("--bias", choices=("neuron", "layer", "none"), default=defaults.bias, help="thresholds")
     parser.add_argument("--importance", choices=("gate", "hidden", "output"), default=defaults.importance)
+    parser.add_argument(
+        "--silenced", choices=("spare", "stop"), default=defaults.silenced, help="rule for rare neurons"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="weights of a HF checkpoint")
     parser.add_argument("--ffn", choices=("reglu", "drelu", "fatrelu"), help="FFN kind of a HF checkpoint")
     parser.add_argument("--plot", type=Path, help="write a PNG of sparsity and recall per layer")
@@ -134,7 +137,7 @@ def print_reports(reports: list[LayerReport]) -> None:
     for column in ("layer", "rank", "measured sparsity", "predicted skip share", "recall", "stopped by"):
         table.add_column(column, justify="right")
     for r in reports:
-        stop = "dead neurons" if r.stopped_early else "target"
+        stop = "limit" if r.stopped_early else "target"
         table.add_row(str(r.layer), str(r.rank), f"{r.sparsity:.1%}", f"{r.skipped:.1%}", f"{r.recall:.2%}", stop)
     Console().print(table)
 

@@ -25,7 +25,7 @@ from jsparse.layers import Block
 from jsparse.params import FFNWeights, Params, Predictor
 from jsparse.predictor import BITS, check_rank, fit_low_bit
 from jsparse.quantization import Matrix, QuantizedRows, dequantize, take_rows
-from jsparse.thresholds import BiasMode, bias_at, layer_bias, level_costs, raise_levels
+from jsparse.thresholds import BiasMode, SilencedRule, bias_at, layer_bias, level_costs, raise_levels
 from jsparse.typing import Array, Float, Int
 
 MAX_SEQUENCE = 512
@@ -48,6 +48,7 @@ class CalibrationOptions:
       whiten, center: False switches the data's metric, or its mean, off (ablations).
       bias: threshold per neuron, one per layer, or none (ablations).
       importance: what skipping a neuron costs: the squared gate activation, hidden activation, or output norm.
+      silenced: what happens when 1% of the neurons are off on all tokens (see `thresholds.raise_levels`).
     """
 
     rank: int | tuple[int, ...] | None = None
@@ -59,11 +60,12 @@ class CalibrationOptions:
     center: bool = True
     bias: BiasMode = "neuron"
     importance: Literal["gate", "hidden", "output"] = "output"
+    silenced: SilencedRule = "spare"
 
     @classmethod
     def paper(cls, rank: int, sparsity: float) -> "CalibrationOptions":
-        """The published recipe: 16 bits, no centring."""
-        return cls(rank=rank, bits=16, sparsity=sparsity, center=False)
+        """The published recipe: 16 bits, no centring, and an early stop where many neurons are rare."""
+        return cls(rank=rank, bits=16, sparsity=sparsity, center=False, silenced="stop")
 
     def ranks(self, config: ModelConfig) -> tuple[int, ...]:
         """The rank of every layer."""
@@ -92,6 +94,8 @@ class CalibrationOptions:
             raise JsparseError(f"bias is {self.bias!r}; it must be neuron, layer or none")
         if self.importance not in ("gate", "hidden", "output"):
             raise JsparseError(f"importance is {self.importance!r}; it must be gate, hidden or output")
+        if self.silenced not in ("spare", "stop"):
+            raise JsparseError(f"silenced is {self.silenced!r}; it must be spare or stop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +107,7 @@ class LayerReport:
       sparsity: share of (token, neuron) pairs that are zero.
       skipped: share of pairs that the predictor skips.
       recall: share of the non-zero pairs that the predictor keeps.
-      stopped_early: the target was not reached because 1% of the neurons were off on all tokens.
+      stopped_early: the target was not reached: raising thresholds further would silence too many neurons.
     """
 
     layer: int
@@ -236,7 +240,7 @@ def fit_layer(
     target = max(0.0, (options.sparsity - (_CAUTION if layer < _CAUTIOUS_LAYERS else 0)) * sparsity)
     early = False
     if options.bias == "neuron":
-        levels = raise_levels(jnp.concatenate(costs), target)
+        levels = raise_levels(jnp.concatenate(costs), target, silenced=options.silenced)
         bias, early = bias_at(jnp.concatenate(thresholds), levels.level), levels.stopped_early
     elif options.bias == "layer":
         bias = jnp.full(config.intermediate_size, layer_bias(jnp.concatenate(all_scores), target))

@@ -21,7 +21,7 @@ _MIN_BITS_A = 4
 
 
 def fit_svd(
-    gate: Float[Array, "F D"], gram: Float[Array, "D D"], rank: int, *, whiten: bool = True
+    gate: Float[Array, "F D"], gram: Float[Array, "_ _"], rank: int, *, whiten: bool = True
 ) -> tuple[Float[Array, "R D"], Float[Array, "F R"]]:
     """The rank-r map b a nearest to the gate on the data that `gram` summarises.
 

@@ -15,8 +15,9 @@ from jsparse.errors import JsparseError
 from jsparse.typing import Array, Float, Int
 
 BiasMode = Literal["neuron", "layer", "none"]
+SilencedRule = Literal["spare", "stop"]
 _MAX_START = 0.95
-_MAX_DEAD_SHARE = 0.01
+_MAX_SILENCED_SHARE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Levels:
     Attributes:
       level: (F,) int32; level q of `levels` skips the neuron on the q / (levels - 1) share of lowest scores.
       mean: mean of level / (levels - 1), the share of neurons skipped on the calibration tokens.
-      stopped_early: whether more than 1% of the neurons were off on all tokens before the target was reached.
+      stopped_early: whether the target was out of reach: all steps that the rule on silenced neurons allows were taken.
     """
 
     level: Int[Array, "F"]
@@ -36,11 +37,12 @@ class Levels:
 
 def calibrate_bias(
     scores: Float[Array, "F n"],
-    importance: Float[Array, "F n"],
+    importance: Float[Array, "_ _"],
     target: float,
     *,
     levels: int = 256,
     mode: BiasMode = "neuron",
+    silenced: SilencedRule = "spare",
 ) -> Float[Array, "F"]:
     """The bias that makes `score + bias > 0` skip the target share of neurons at the least lost importance.
 
@@ -49,6 +51,7 @@ def calibrate_bias(
       importance: what skipping the neuron on that token costs, at least 0.
       target: share of (neuron, token) pairs to skip, 0 to 1.
       levels: size of the grid of quantile levels per neuron.
+      silenced: what ends the raising of rare neurons, as in `raise_levels`.
       mode: `neuron` runs the greedy; `layer` sets one constant, the target quantile of all scores; `none` is 0.
 
     Returns:
@@ -68,7 +71,7 @@ def calibrate_bias(
     if mode == "layer":
         return jnp.full(scores.shape[0], layer_bias(scores, target))
     thresholds, costs = level_costs(scores, importance, levels)
-    return bias_at(thresholds, raise_levels(costs, target).level)
+    return bias_at(thresholds, raise_levels(costs, target, silenced=silenced).level)
 
 
 def layer_bias(scores: Float[Array, "F n"], target: float) -> Float[Array, ""]:
@@ -92,16 +95,23 @@ def level_costs(
         return _level_costs(jnp.asarray(scores, jnp.float32), jnp.asarray(importance, jnp.float32), levels)
 
 
-def raise_levels(costs: Float[Array, "F levels"], target: float) -> Levels:
+def raise_levels(costs: Float[Array, "F levels"], target: float, *, silenced: SilencedRule = "spare") -> Levels:
     """Run the greedy over the whole layer.
 
     Every neuron starts at its highest level of zero cost, at most 95%. The cheapest next step of any neuron is taken
-    (the lowest neuron first among equals) until the mean level reaches the target, or more than 1% of the neurons
-    are at the last level. A neuron's steps are taken in order, so the greedy visits them in the order of the running
-    maxima of their costs: one stable sort replaces the loop.
+    (the lowest neuron first among equals) until the mean level reaches the target. A neuron at the last level is off
+    on all tokens; it is silenced if that costs something, and at most 1% of the neurons may be:
+
+    - `spare`: when they are, the others stay below the last level and the greedy goes on. Many neurons fire on a few
+      tokens only, and one that is kept for those costs next to nothing.
+    - `stop`: the greedy ends as soon as more than 1% are silenced (the published rule; in a model with many rare
+      neurons it ends far from the target).
+
+    A neuron's steps are taken in order, so the greedy visits them in the order of the running maxima of their costs:
+    one stable sort replaces the loop.
     """
     with jax.enable_x64(True):
-        level, early = _raise_levels(jnp.asarray(costs, jnp.float64), jnp.float64(target))
+        level, early = _raise_levels(jnp.asarray(costs, jnp.float64), jnp.float64(target), silenced)
         mean = float(jnp.mean(level.astype(jnp.float64))) / (costs.shape[1] - 1)
         return Levels(level, mean, bool(early))
 
@@ -135,8 +145,8 @@ def _from_key(key):
     return jnp.where(key < 0, key ^ 0x7FFFFFFF, key).astype(jnp.int32).view(jnp.float32)
 
 
-@jax.jit
-def _raise_levels(costs, target):
+@partial(jax.jit, static_argnames="silenced")
+def _raise_levels(costs, target, silenced):
     num_neurons, levels = costs.shape
     start = jnp.sum(costs <= 0, axis=1) - 1
     start = jnp.clip(start, 0, int(_MAX_START * (levels - 1)))
@@ -147,11 +157,15 @@ def _raise_levels(costs, target):
     price = jnp.where(open_step, jax.lax.cummax(price, axis=1), jnp.inf).reshape(-1)
     order = jnp.argsort(price, stable=True)
     num_open = jnp.sum(open_step)
+    silences = (order % (levels - 1) == levels - 2) & (costs[:, -1] > 0)[order // (levels - 1)]
+    num_silenced = jnp.cumsum(silences)
+    usable = jnp.arange(price.size) < num_open
+    if silenced == "spare":
+        usable &= ~silences | (num_silenced <= _MAX_SILENCED_SHARE * num_neurons)
+    else:
+        usable &= num_silenced - silences <= _MAX_SILENCED_SHARE * num_neurons
     wanted = jnp.ceil(target * num_neurons * (levels - 1) - jnp.sum(start) - 1e-6).astype(jnp.int64)
-    dead = jnp.cumsum(order % (levels - 1) == levels - 2)
-    too_many = dead > _MAX_DEAD_SHARE * num_neurons
-    first = jnp.where(jnp.any(too_many), jnp.argmax(too_many) + 1, num_open)
-    taken = jnp.clip(wanted, 0, jnp.minimum(first, num_open))
-    chosen = jnp.zeros(price.size, bool).at[order].set(jnp.arange(price.size) < taken)
+    taken = usable & (jnp.cumsum(usable) <= wanted)
+    chosen = jnp.zeros(price.size, bool).at[order].set(taken)
     level = start + jnp.sum(chosen.reshape(num_neurons, -1), axis=1)
-    return level.astype(jnp.int32), taken < wanted
+    return level.astype(jnp.int32), jnp.sum(taken) < wanted

@@ -34,8 +34,10 @@ def ffn(x, weights: FFNWeights, predictor: Predictor | None, spec: FFNSpec) -> t
     return hidden @ matrix(weights.down_t), np.stack([predicted.sum(1), (hidden != 0).sum(1)], axis=1)
 
 
-def calibrate_bias(scores, importance, target: float, levels: int = 256) -> tuple[np.ndarray, bool]:
-    """The greedy of the method, one step at a time: bias (F,), and whether dead neurons stopped it."""
+def calibrate_bias(
+    scores, importance, target: float, levels: int = 256, silenced: str = "spare"
+) -> tuple[np.ndarray, bool]:
+    """The greedy of the method, one step at a time: bias (F,), and whether it ended short of the target."""
     num_neurons, num_tokens = scores.shape
     order = np.argsort(scores, axis=1, kind="stable")
     ascending = np.take_along_axis(np.asarray(scores, np.float64), order, axis=1)
@@ -48,10 +50,15 @@ def calibrate_bias(scores, importance, target: float, levels: int = 256) -> tupl
             level[j] += 1
     early = False
     while sum(level) < target * num_neurons * (levels - 1) - 1e-6:
-        if sum(q == levels - 1 for q in level) > 0.01 * num_neurons:
-            early = True
-            break
+        num_silenced = sum(q == levels - 1 and cost[j][q] > 0 for j, q in enumerate(level))
         steps = [cost[j][q + 1] - cost[j][q] if q < levels - 1 else np.inf for j, q in enumerate(level)]
+        if silenced == "spare" and num_silenced + 1 > 0.01 * num_neurons:
+            steps = [
+                np.inf if level[j] == levels - 2 and cost[j][levels - 1] > 0 else step for j, step in enumerate(steps)
+            ]
+        early = min(steps) == np.inf or (silenced == "stop" and num_silenced > 0.01 * num_neurons)
+        if early:
+            break
         level[int(np.argmin(steps))] += 1
     bias = [np.inf if skipped[q] == 0 else -ascending[j, skipped[q] - 1] for j, q in enumerate(level)]
     return np.array(bias), early
