@@ -103,15 +103,15 @@ def measure(params: jsparse.Params, rows: np.ndarray, problems: list[dict], refe
     }
 
 
-def configurations(hidden_size: int, quick: bool) -> list[tuple[str, CalibrationOptions]]:
+def configurations(hidden_size: int, sparsities: list[float], quick: bool) -> list[tuple[str, CalibrationOptions]]:
     """Our recipe over the grid, and the paper's at 16 bits."""
     ours = [
         ("ours", CalibrationOptions(rank=hidden_size // share, bits=bits, sparsity=s))
-        for s in SPARSITIES
+        for s in sparsities
         for share in RANK_SHARES
         for bits in BITS
     ]
-    paper = [("paper", CalibrationOptions.paper(hidden_size // 16, s)) for s in SPARSITIES]
+    paper = [("paper", CalibrationOptions.paper(hidden_size // 16, s)) for s in sparsities]
     if quick:
         return [paper[-1], ("ours", CalibrationOptions())]
     return [*paper, *ours]
@@ -120,6 +120,7 @@ def configurations(hidden_size: int, quick: bool) -> list[tuple[str, Calibration
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two configurations on a part of the data")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES, help="rows of the table to measure")
     parser.add_argument("--model", default="default", help="a checkpoint with the shipped model's tokenizer")
     args = parser.parse_args()
     params = jsparse.load(args.model)
@@ -130,7 +131,7 @@ def main() -> None:
     dense = measure(params, rows, problems, None)
     log_p = dense.pop("log_p")
     results = [{"recipe": "dense", **dense}]
-    grid = configurations(params.config.hidden_size, args.quick)
+    grid = configurations(params.config.hidden_size, args.sparsity, args.quick)
     for recipe, options in track(grid, "measuring", console=Console(stderr=True)):
         fitted = jsparse.fit_predictors(params, texts, **dataclasses.asdict(options))
         row = measure(fitted, rows, problems, log_p)

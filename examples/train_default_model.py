@@ -44,7 +44,8 @@ CONFIG = ModelConfig(
     eos_token_ids=(1,),
     name="default",
 )
-CODE_ROWS, ARITHMETIC_ROWS = 7, 1
+BATCH_ROWS = 8
+ARITHMETIC_ROWS, LATE_ARITHMETIC_ROWS, LATE_STEP = 1, 3, 1500
 TRAIN_PROBLEMS = 200_000
 SPARSITY_TARGET = 0.92
 MUON_LEARNING_RATE, ADAM_LEARNING_RATE = 0.02, 3e-3
@@ -98,9 +99,10 @@ def sample_batch(code: np.ndarray, arithmetic: np.ndarray, starts: np.ndarray, s
     """Rows of context_length + 1 tokens, each beginning with <s>; determined by the step alone."""
     rng = np.random.default_rng(step)
     length = CONFIG.context_length
-    rows = [code[i : i + length] for i in rng.integers(0, len(code) - length, CODE_ROWS)]
+    num_arithmetic = ARITHMETIC_ROWS if step < LATE_STEP else LATE_ARITHMETIC_ROWS
+    rows = [code[i : i + length] for i in rng.integers(0, len(code) - length, BATCH_ROWS - num_arithmetic)]
     usable = starts[starts < len(arithmetic) - length]
-    rows += [arithmetic[i : i + length] for i in rng.choice(usable, ARITHMETIC_ROWS)]
+    rows += [arithmetic[i : i + length] for i in rng.choice(usable, num_arithmetic)]
     return np.stack([np.concatenate([[0], row]) for row in rows])
 
 

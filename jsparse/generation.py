@@ -1,6 +1,7 @@
 """Decoding: dense prefill, one sparse step, and the jitted loop that runs many of them."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -262,9 +263,8 @@ class Decoding:
         self._predictors = params.predictors if sparse else None
         longest = max(map(len, prompts))
         self.remaining = min(max_new_tokens, config.context_length - longest)
-        length = min(bucket(longest), bucket(config.context_length))
-        slots = min(bucket(longest + self.remaining), config.sliding_window or bucket(config.context_length))
-        tokens = np.zeros((len(prompts), length), np.int32)
+        slots = min(bucket(longest + self.remaining), config.sliding_window or sys.maxsize)
+        tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
         for row, prompt in zip(tokens, prompts):
             row[: len(prompt)] = prompt
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))

@@ -187,7 +187,7 @@ def test_neuron_thresholds_recall_more_importance_than_one_per_layer(small):
     assert per_neuron < 0.9 * per_layer
 
 
-def test_whitening_and_centring_help_where_the_data_is_skewed():
+def test_whitening_helps_where_the_data_is_skewed():
     """Inputs with outlier channels and a mean, as real hidden states have."""
     config = dataclasses.replace(SMALL, num_layers=1)
     params = random_params(config)
@@ -199,7 +199,6 @@ def test_whitening_and_centring_help_where_the_data_is_skewed():
     def recall(**options):
         return fit(params, rank=4, bits=16, **options)[1][0].recall
 
-    assert recall() > recall(center=False) + 0.002
     assert recall() > recall(whiten=False) + 0.01
 
 
@@ -305,7 +304,6 @@ def test_a_crash_between_any_two_writes_changes_nothing(during, small, uninterru
     `_replace` dies before a file is begun, `os.replace` when it is written but not in place.
     """
     name = "jsparse.calibration." + during
-    owner, _, attribute = name.rpartition(".")
     original = {"_replace": jsparse.calibration._replace, "os.replace": os.replace, "Path.unlink": Path.unlink}[during]
     crashes = 0
     for survives in range(20):

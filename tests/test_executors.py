@@ -95,7 +95,7 @@ def test_linear(executor, storage):
 
 
 def test_sparse_ffn_reads_no_row_that_is_not_predicted(executor):
-    """Rows of neurons that are not predicted hold NaN, in all three matrices: one that is read would show."""
+    """Rows of neurons that are not predicted hold NaN: one that is read, or a masked dense product, would show."""
     x, ffn, predictor = problem(batch=1)
     predicted = np.asarray(x @ predictor.a.T.astype(jnp.float32) @ predictor.b.T.astype(jnp.float32) + predictor.bias)
     keep = jnp.asarray(predicted[0] > 0)[:, None]
@@ -104,28 +104,6 @@ def test_sparse_ffn_reads_no_row_that_is_not_predicted(executor):
         y, _ = executor.sparse_ffn(x, poisoned, predictor, spec)
         expected, _ = oracle.ffn(x, ffn, predictor, spec)
         np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
-
-
-def test_work_is_proportional_to_the_active_neurons(executor):
-    """Time, not only values: skipping 99% of the neurons must take well under half the time of none.
-
-    A coarse guard against a masked dense product; speeds themselves are measured in benchmarks.
-    """
-    import time
-
-    x, ffn, predictor = problem(batch=1, width=512, neurons=16384, rank=1, predicted="all")
-    few = Predictor(predictor.a, predictor.b, jnp.where(jnp.arange(16384) < 160, jnp.inf, -jnp.inf))
-    run = jax.jit(executor.sparse_ffn, static_argnames="spec")
-
-    def best(p):
-        seconds = []
-        for _ in range(7):
-            begun = time.perf_counter()
-            jax.block_until_ready(run(x, ffn, p, spec=FFNSpec("reglu", pipeline="parallel")))
-            seconds.append(time.perf_counter() - begun)
-        return min(seconds)
-
-    assert best(few) < 0.5 * best(predictor)
 
 
 def test_quantised_rows_round_trip():

@@ -73,7 +73,11 @@ def _sparse_token(
 
 def _over_rows(flags: Bool[Array, "F"], body: Callable, init: Array) -> Array:
     """Fold `body(rows, carry)` over the flagged rows, a block at a time; the last block is padded with row F."""
-    index = jnp.nonzero(flags, size=flags.size + -flags.size % _BLOCK, fill_value=flags.size)[0]
+    # A prefix sum and a scatter: less than half the time of jnp.nonzero on a CPU.
+    size = flags.size
+    place = jnp.where(flags, jnp.cumsum(flags, dtype=jnp.int32) - 1, size + _BLOCK)
+    padded = jnp.full(size + -size % _BLOCK, size, jnp.int32)
+    index = padded.at[place].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
 
     def step(block, carry):
         return body(jax.lax.dynamic_slice_in_dim(index, block * _BLOCK, _BLOCK), carry)
