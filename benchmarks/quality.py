@@ -18,7 +18,7 @@ from rich.table import Table
 
 import jsparse
 from jsparse.calibrate import default_texts
-from jsparse.calibration import CalibrationOptions
+from jsparse.calibration_options import CalibrationOptions
 from jsparse.checkpoint import DEFAULT_MODEL
 from jsparse.decoder import Decoder
 from jsparse.ffn import FFNSpec

@@ -7,24 +7,19 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import jsparse
 from convert import ConversionError, export_predictors, import_predictors, to_huggingface
 from convert.files import check_destination, check_writable
 from convert.mapping import DTYPES
 from jsparse.checkpoint import check_new
+from jsparse.commands import Parser
 from jsparse.config import FFN_KINDS
 from jsparse.errors import JsparseError
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m convert",
         description="Convert a Hugging Face checkpoint to a jsparse directory. SRC may also be a jsparse directory, to "
         "add predictors to it or to write it in another form.",

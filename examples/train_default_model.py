@@ -1,6 +1,6 @@
 """Train the ReGLU language model that the package ships, on the Python standard library and worked arithmetic.
 
-    python examples/train_default_model.py --work-dir /tmp/default_model --steps 2600 --output jsparse/default_model
+    python examples/train_default_model.py --work-dir /tmp/default_model --steps 2300 --output jsparse/default_model
 
 Writes a Hugging Face Llama checkpoint (`hidden_act: relu`) with its calibration text and held-out data. Run again
 after an interruption it continues from the last checkpoint; with fewer steps it enters the learning-rate decay
@@ -251,7 +251,7 @@ def write_lines(path: Path, entries: list[dict]) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work-dir", type=Path, required=True, help="checkpoints and tokenizer of this run")
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=2300)
     parser.add_argument("--output", type=Path, required=True, help="checkpoint directory to write; must not exist")
     args = parser.parse_args()
     if args.output.exists():

@@ -1,6 +1,7 @@
 """Training-free contextual sparsity for ReGLU language models, in JAX."""
 
-from jsparse.calibration import CalibrationOptions, LayerReport, fit_predictors
+from jsparse.calibration import fit_predictors
+from jsparse.calibration_options import CalibrationOptions, LayerReport
 from jsparse.checkpoint import load, save
 from jsparse.config import PRESETS, ModelConfig
 from jsparse.errors import JsparseError

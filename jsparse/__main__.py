@@ -7,7 +7,8 @@ import jax
 
 from jsparse import calibrate
 from jsparse.checkpoint import DTYPES, load
-from jsparse.commands import run_command
+from jsparse.commands import Parser, run_command
+from jsparse.errors import JsparseError
 from jsparse.ffn.select import EXECUTORS
 from jsparse.generation import Statistics
 from jsparse.params import Params
@@ -16,7 +17,7 @@ from jsparse.prompting import generate
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point; exit code 2 on a user's mistake."""
-    parser = argparse.ArgumentParser(prog="jsparse", description="Contextual sparsity for ReGLU language models.")
+    parser = Parser(prog="jsparse", description="Contextual sparsity for ReGLU language models.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("generate", help="continue a prompt, streaming to the terminal")
@@ -52,7 +53,12 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = args.prompt
+    if text == "-":
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise JsparseError(f"the prompt on standard input is not UTF-8 text (byte {error.start})") from error
     pieces = generate(
         load(args.model, dtype=args.dtype, ffn=args.ffn),
         [{"role": "user", "content": text}] if args.chat else text,

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jsparse.calibration import CalibrationOptions, LayerReport, fit_predictors
+from jsparse.calibration import fit_predictors
+from jsparse.calibration_options import CalibrationOptions, LayerReport
 from jsparse.checkpoint import DEFAULT_MODEL, DTYPES, check_new, load, save
-from jsparse.commands import run_command
+from jsparse.commands import Parser, run_command
 from jsparse.errors import JsparseError
 from jsparse.params import Params
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point; exit code 2 on a user's mistake."""
-    parser = argparse.ArgumentParser(prog="python -m jsparse.calibrate", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m jsparse.calibrate", description=__doc__.splitlines()[0])
     add_arguments(parser)
     args = parser.parse_args(argv)
     run_command(lambda: calibrate(args))
@@ -59,7 +61,8 @@ def calibrate(args: argparse.Namespace) -> None:
     params = load(args.model, dtype=args.dtype, ffn=args.ffn)
     CalibrationOptions(**options).check(params.config)
     texts = default_texts(args.model) if args.prompts is None else read_prompts(args.prompts)
-    state_dir = args.output.with_name(args.output.name + ".unfinished")
+    output = Path(os.path.abspath(args.output))
+    state_dir = output.with_name(f"{output.name}.unfinished")
     if state_dir.exists():
         print(f"continuing the calibration in {state_dir}")
     params, reports = fit_with_progress(params, texts, state_dir=state_dir, **options)
@@ -102,7 +105,7 @@ def read_prompts(path: Path) -> list[Any]:
     if path.suffix == ".txt":
         return [content]
     texts, problems = [], []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -111,7 +114,9 @@ def read_prompts(path: Path) -> list[Any]:
             problems.append(f"line {number} is not JSON")
             continue
         text = (entry.get("text") or entry.get("messages")) if isinstance(entry, dict) else None
-        if isinstance(text, str) or (isinstance(text, list) and all(isinstance(message, dict) for message in text)):
+        if isinstance(text, str) or (
+            isinstance(text, list) and text and all(isinstance(message, dict) for message in text)
+        ):
             texts.append(text)
         else:
             problems.append(f"line {number} has neither a 'text' string nor a 'messages' list")

@@ -6,26 +6,25 @@ are like no other token's, and it is never decoded sparsely.
 """
 
 import dataclasses
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse.calibration_options import CalibrationOptions, LayerReport
+from jsparse.calibration_state import CalibrationState
 from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
 from jsparse.ffn import FFNSpec, reference
 from jsparse.layers import Block
 from jsparse.params import FFNWeights, Params, Predictor
-from jsparse.predictor import BITS, check_rank, fit_low_bit
-from jsparse.quantization import Matrix, QuantizedRows, dequantize, take_rows
-from jsparse.thresholds import BiasMode, SilencedRule, bias_at, layer_bias, level_costs, raise_levels
+from jsparse.predictor import fit_low_bit
+from jsparse.quantization import Matrix, dequantize, take_rows
+from jsparse.thresholds import bias_at, layer_bias, level_costs, raise_levels
 from jsparse.typing import Array, Float, Int
 
 MAX_SEQUENCE = 512
@@ -33,89 +32,6 @@ _NEURON_BLOCK = 512
 _TOKEN_BLOCK = 2048
 _LEVELS = 256
 _CAUTIOUS_LAYERS, _CAUTION = 2, 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class CalibrationOptions:
-    """How predictors are fitted. The defaults are this project's recipe; `paper()` gives SVDP's.
-
-    Attributes:
-      rank: one number, or one per layer; None is a quarter of the hidden size.
-      bits: 16, 8 or 4 per element of a and b.
-      sparsity: share of each layer's measured activation sparsity that is skipped; the first two layers use 0.1 less.
-      tokens: calibration tokens to use of the text.
-      seed: chooses which, where the text has more, and their order.
-      whiten, center: False switches the data's metric, or its mean, off (ablations).
-      bias: threshold per neuron, one per layer, or none (ablations).
-      importance: what skipping a neuron costs: the squared gate activation, hidden activation, or output norm.
-      silenced: what happens when 1% of the neurons are off on all tokens (see `thresholds.raise_levels`).
-    """
-
-    rank: int | tuple[int, ...] | None = None
-    bits: int = 4
-    sparsity: float = 0.95
-    tokens: int = 20_000
-    seed: int = 0
-    whiten: bool = True
-    center: bool = True
-    bias: BiasMode = "neuron"
-    importance: Literal["gate", "hidden", "output"] = "output"
-    silenced: SilencedRule = "spare"
-
-    @classmethod
-    def paper(cls, rank: int, sparsity: float) -> "CalibrationOptions":
-        """The published recipe: 16 bits, no centring, and an early stop where many neurons are rare."""
-        return cls(rank=rank, bits=16, sparsity=sparsity, center=False, silenced="stop")
-
-    def ranks(self, config: ModelConfig) -> tuple[int, ...]:
-        """The rank of every layer."""
-        rank = max(1, config.hidden_size // 4) if self.rank is None else self.rank
-        return (rank,) * config.num_layers if isinstance(rank, int) else tuple(rank)
-
-    def check(self, config: ModelConfig) -> None:
-        """Raises: JsparseError: an option is out of range for the model."""
-        if not config.is_sparse:
-            raise JsparseError(
-                f"a {config.ffn_kind} FFN has no zero neurons to predict; calibration needs a model with a "
-                "reglu, drelu or fatrelu FFN"
-            )
-        ranks = self.ranks(config)
-        if len(ranks) != config.num_layers:
-            raise JsparseError(f"rank has {len(ranks)} values; the model has {config.num_layers} layers")
-        for rank in ranks:
-            check_rank(rank, config.hidden_size)
-        if self.bits not in BITS:
-            raise JsparseError(f"bits is {self.bits}; a predictor has 16, 8 or 4")
-        if not 0 <= self.sparsity <= 1:
-            raise JsparseError(f"sparsity is {self.sparsity}; it must be between 0 and 1")
-        if self.tokens < 1:
-            raise JsparseError(f"tokens is {self.tokens}; it must be at least 1")
-        if self.bias not in ("neuron", "layer", "none"):
-            raise JsparseError(f"bias is {self.bias!r}; it must be neuron, layer or none")
-        if self.importance not in ("gate", "hidden", "output"):
-            raise JsparseError(f"importance is {self.importance!r}; it must be gate, hidden or output")
-        if self.silenced not in ("spare", "stop"):
-            raise JsparseError(f"silenced is {self.silenced!r}; it must be spare or stop")
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerReport:
-    """What calibration found of a layer, measured on the second half of the tokens.
-
-    Attributes:
-      layer, rank: of the predictor.
-      sparsity: share of (token, neuron) pairs that are zero.
-      skipped: share of pairs that the predictor skips.
-      recall: share of the non-zero pairs that the predictor keeps.
-      stopped_early: the target was not reached: raising thresholds further would silence too many neurons.
-    """
-
-    layer: int
-    rank: int
-    sparsity: float
-    skipped: float
-    recall: float
-    stopped_early: bool
 
 
 def fit_predictors(
@@ -187,7 +103,7 @@ def fit_layers(
       JsparseError: activations are not finite, or `state_dir` belongs to another calibration.
     """
     config = params.config
-    state = _State(state_dir, params, rows, options) if state_dir else None
+    state = CalibrationState(state_dir, params, rows, options) if state_dir else None
     first, hidden = state.resume() if state else (0, None)
     for layer in range(first):
         yield state.read_layer(layer)
@@ -321,65 +237,3 @@ def _to_ids(params: Params, text: Any) -> np.ndarray:
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise JsparseError(f"a calibration text must be a string, a chat or a 1-D array of token ids, not {type(text)}")
     return ids.astype(np.int64)
-
-
-class _State:
-    """Finished layers on disk: `layer_N.npz` and the hidden states after the last of them."""
-
-    def __init__(self, directory: str | Path, params: Params, rows: np.ndarray, options: CalibrationOptions):
-        self._directory = Path(directory)
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._config, self._options = params.config, options
-        key = hashlib.sha256(json.dumps([params.config.to_dict(), dataclasses.asdict(options)]).encode())
-        key.update(rows.tobytes())
-        for leaf in jax.tree.leaves(params.weights):
-            key.update(np.ascontiguousarray(leaf.reshape(-1)[:: max(1, leaf.size // 4096)]).tobytes())
-        identity = self._directory / "calibration.id"
-        if identity.exists() and identity.read_text() != key.hexdigest():
-            raise JsparseError(
-                f"{self._directory} holds an unfinished calibration of another model, text or options; remove it, or "
-                "run that calibration again to finish it"
-            )
-        _replace(identity, lambda file: file.write(key.hexdigest().encode()))
-
-    def resume(self) -> tuple[int, np.ndarray | None]:
-        """The first layer to fit and the hidden states that enter it."""
-        for layer in reversed(range(self._config.num_layers)):
-            hidden = self._hidden(layer)
-            if hidden.exists() and all(self._layer(done).exists() for done in range(layer + 1)):
-                return layer + 1, np.load(hidden)
-        return 0, None
-
-    def write_layer(self, layer: int, predictor: Predictor, report: LayerReport, hidden: np.ndarray) -> None:
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(predictor)]
-        leaves = [leaf.view(np.uint16) if leaf.dtype.name == "bfloat16" else leaf for leaf in leaves]
-        fields = json.dumps(dataclasses.asdict(report))
-        _replace(self._layer(layer), lambda file: np.savez(file, *leaves, report=fields))
-        _replace(self._hidden(layer), lambda file: np.save(file, hidden))
-        self._hidden(layer - 1).unlink(missing_ok=True)
-
-    def read_layer(self, layer: int) -> tuple[Predictor, LayerReport]:
-        c = self._config
-        with np.load(self._layer(layer)) as saved:
-            report = LayerReport(**json.loads(str(saved["report"])))
-            leaves = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
-        leaves = [jnp.asarray(leaf.view(jnp.bfloat16) if leaf.dtype == np.uint16 else leaf) for leaf in leaves]
-        if self._options.bits == 16:
-            return Predictor(*leaves), report
-        a_values, a_scale, b_values, b_scale, bias = leaves
-        a = QuantizedRows(a_values, a_scale, self._options.bits, c.hidden_size)
-        return Predictor(a, QuantizedRows(b_values, b_scale, self._options.bits, report.rank), bias), report
-
-    def _layer(self, layer: int) -> Path:
-        return self._directory / f"layer_{layer}.npz"
-
-    def _hidden(self, layer: int) -> Path:
-        return self._directory / f"hidden_{layer}.npy"
-
-
-def _replace(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file under a temporary name and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-    os.replace(temporary, path)

@@ -12,16 +12,18 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
-from jsparse.params import FFNWeights, Params, Predictor
+from jsparse.params import FFNWeights, Params, Predictor, check_predictors
 from jsparse.quantization import QuantizedRows
 from jsparse.tokenizer import load_tokenizer
 
@@ -42,11 +44,12 @@ def save(params: Params, directory: str | Path, *, force: bool = False) -> None:
     Raises:
       JsparseError: the directory exists, or it cannot be written (a full disk, no permission).
     """
+    check_predictors(params)
     with replacing_directory(directory, force=force) as partial:
         trees = {"weights": _flatten(params.weights)}
         if params.predictors is not None:
             trees["predictors"] = _flatten(dict(enumerate(params.predictors)))
-        manifest = {"format": _FORMAT, "config": params.config.to_dict()}
+        manifest = {"format": _FORMAT, "config": params.config.to_dict(), "tokenizer": params.tokenizer is not None}
         for name, tree in trees.items():
             _save_arrays(partial / name, {key: array for key, (array, _) in tree.items()})
             manifest[name] = {key: storage for key, (_, storage) in tree.items()}
@@ -71,8 +74,10 @@ def load(directory: str | Path, *, dtype: str | None = None, ffn: str | None = N
       JsparseError: the path is missing, is not a checkpoint, or its content does not fit; the message says what.
     """
     path = DEFAULT_MODEL if str(directory) == "default" else Path(directory)
-    if not path.exists():
-        raise JsparseError(f"{path}: no such file or directory")
+    try:
+        path.stat()
+    except OSError as error:
+        raise JsparseError(f"{path}: {error.strerror.lower()}") from error
     if (path / _MANIFEST).is_file():
         if dtype is not None or ffn is not None:
             raise JsparseError(f"{path}: dtype and ffn are chosen on conversion; this is already a jsparse directory")
@@ -118,17 +123,26 @@ def replacing_directory(directory: str | Path, *, force: bool = False) -> Iterat
     try:
         yield partial
         partial.chmod(0o755)
-        if directory.exists():
-            old = partial.with_name(partial.name + ".old")
-            directory.rename(old)
-            partial.rename(directory)
-            shutil.rmtree(old)
-        else:
-            partial.rename(directory)
+        _swap(partial, directory)
     except OSError as error:
         raise JsparseError(f"{directory}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(new: Path, directory: Path) -> None:
+    """Give `new` the name of `directory`; what was there is removed afterwards, or put back if that fails."""
+    if not directory.exists():
+        new.rename(directory)
+        return
+    old = new.with_name(f"{new.name}.old")
+    directory.rename(old)
+    try:
+        new.rename(directory)
+    except BaseException:
+        old.rename(directory)
+        raise
+    shutil.rmtree(old)
 
 
 def check_new(directory: str | Path, *, force: bool = False) -> None:
@@ -153,33 +167,16 @@ def _load_directory(path: Path) -> Params:
     predictors = None
     if "predictors" in manifest:
         tree = _unflatten(_load_arrays(path / "predictors", manifest["predictors"]), manifest["predictors"])
-        predictors = tuple(Predictor(**tree[str(layer)]) for layer in range(config.num_layers))
+        predictors = tuple(Predictor(**tree[layer]) for layer in sorted(tree, key=int))
     weights = _unflatten(_load_arrays(path / "weights", manifest["weights"]), manifest["weights"])
     for layer in range(config.num_layers):
         weights[f"layers_{layer}"]["ffn"] = FFNWeights(**weights[f"layers_{layer}"]["ffn"])
     tokenizer = load_tokenizer(path / "tokenizer")
+    if manifest["tokenizer"] and tokenizer is None:
+        raise JsparseError(f"{path / 'tokenizer'}: the tokenizer's files are missing")
     params = Params(config, weights, predictors, tokenizer)
     check_predictors(params)
     return params
-
-
-def check_predictors(params: Params) -> None:
-    """Raises: JsparseError: the predictors' number or shapes are not those of the model."""
-    if params.predictors is None:
-        return
-    c = params.config
-    if len(params.predictors) != c.num_layers:
-        raise JsparseError(f"there are {len(params.predictors)} predictors for a model of {c.num_layers} layers")
-    problems = []
-    for layer, predictor in enumerate(params.predictors):
-        wanted = {"a": (predictor.rank, c.hidden_size), "b": (c.intermediate_size, predictor.rank)}
-        wanted["bias"] = (c.intermediate_size,)
-        for name, shape in wanted.items():
-            found = getattr(predictor, name).shape
-            if found != shape:
-                problems.append(f"layer {layer} {name} has shape {found}, the model needs {shape}")
-    if problems:
-        raise JsparseError("the predictors belong to another model: " + "; ".join(problems))
 
 
 def _checksum(manifest: dict) -> str:
@@ -202,7 +199,12 @@ def _flatten(tree: Any) -> dict[str, tuple[jax.Array, dict]]:
 
 
 def _describe(array: jax.Array) -> dict:
-    return {"shape": list(array.shape), "dtype": str(array.dtype)}
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": digest(array)}
+
+
+def digest(array: jax.Array) -> int:
+    """CRC-32 of an array's bytes."""
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
 
 
 def _unflatten(arrays: dict[str, jax.Array], storage: dict[str, dict]) -> dict[str, Any]:
@@ -225,8 +227,11 @@ def _unflatten(arrays: dict[str, jax.Array], storage: dict[str, dict]) -> dict[s
 def _save_arrays(directory: Path, arrays: dict[str, jax.Array]) -> None:
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory, arrays)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory, arrays)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise OSError(_first_line(error)) from error
 
 
 def _load_arrays(directory: Path, storage: dict[str, dict]) -> dict[str, jax.Array]:
@@ -235,7 +240,14 @@ def _load_arrays(directory: Path, storage: dict[str, dict]) -> dict[str, jax.Arr
     wanted = {key: jax.ShapeDtypeStruct(kept["shape"], jnp.dtype(kept["dtype"])) for key, kept in storage.items()}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(directory.absolute(), wanted)
+            arrays = checkpointer.restore(directory.absolute(), wanted)
     except Exception as error:  # Orbax and TensorStore raise many kinds
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise JsparseError(f"{directory}: the arrays cannot be read: {first_line}") from error
+        raise JsparseError(f"{directory}: the arrays cannot be read: {_first_line(error)}") from error
+    damaged = [key for key, kept in storage.items() if digest(arrays[key]) != kept["crc32"]]
+    if damaged:
+        raise JsparseError(f"{directory}: the arrays cannot be read: {', '.join(damaged[:5])} damaged")
+    return arrays
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

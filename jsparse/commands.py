@@ -1,9 +1,18 @@
-"""What every command shares: its way to end on a user's mistake, and the printing of calibration reports."""
+"""What every command shares: its way to end on a user's mistake."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from jsparse.errors import JsparseError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_fail(message, 2))
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -20,5 +29,5 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code

@@ -127,7 +127,7 @@ def prefill(
     cache_dtype = jnp.float32 if weights["embed"].dtype == jnp.float32 else jnp.bfloat16
     caches = tuple(fill_cache(k, v, lengths, slots, cache_dtype) for k, v in keys_values)
     token, keys = _choose(logits, keys, sampling)
-    return DecodeState(caches, token, lengths, jnp.isin(token, sampling.eos_ids), keys)
+    return DecodeState(caches, token, lengths, _ends(token, lengths, sampling, model.config), keys)
 
 
 def decode_step(
@@ -180,8 +180,9 @@ def decode_chunk(
         chosen, keys = _choose(logits, state.keys, sampling)
         tokens = tokens.at[:, i].set(jnp.where(state.finished, PAD, chosen))
         counts = counts + jnp.sum(jnp.where(state.finished[:, None], 0, step_counts), axis=1)
-        finished = state.finished | jnp.isin(chosen, sampling.eos_ids)
-        state = DecodeState(caches, chosen, state.position + 1, finished, keys)
+        position = state.position + 1
+        finished = state.finished | _ends(chosen, position, sampling, model.config)
+        state = DecodeState(caches, chosen, position, finished, keys)
         return i + 1, state, tokens, counts
 
     def unfinished(carry):
@@ -198,6 +199,11 @@ def _choose(logits, keys, sampling):
         return greedy(logits), keys
     keys, draws = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     return sample(logits, draws, sampling.temperature, sampling.top_k, sampling.top_p), keys
+
+
+def _ends(token, position, sampling, config):
+    """Whether a sequence ends with this token: it is an end-of-text token, or the context is full."""
+    return jnp.isin(token, sampling.eos_ids) | (position + 1 >= config.context_length)
 
 
 def bucket(length: int) -> int:
@@ -217,10 +223,12 @@ class Statistics:
       counts: (L, 2) neurons predicted active and truly active, summed over those tokens.
       rows_per_token: FFN weight rows of one layer a dense step reads: 3 F.
       pipeline: which rows a predicted neuron costs.
+      sparse: whether decoding was.
     """
 
     rows_per_token: int
     pipeline: str
+    sparse: bool
     counts: np.ndarray
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -233,9 +241,9 @@ class Statistics:
     @property
     def rows_read(self) -> float:
         """Share of the FFN's weight rows that sparse decoding read; 1 for a dense generation."""
-        predicted, active = self.counts.sum(axis=0)
-        if not predicted:
+        if not self.sparse or not self.decode_steps:
             return 1.0
+        predicted, active = self.counts.sum(axis=0)
         rows = predicted + 2 * active if self.pipeline == "sequential" else 2 * predicted + active
         return float(rows) / (self.decode_steps * self.rows_per_token * len(self.counts))
 
@@ -262,15 +270,16 @@ class Decoding:
         self._weights = params.weights
         self._predictors = params.predictors if sparse else None
         longest = max(map(len, prompts))
-        self.remaining = min(max_new_tokens, config.context_length - longest)
-        slots = min(bucket(longest + self.remaining), config.sliding_window or sys.maxsize)
+        self.remaining = min(max_new_tokens, config.context_length - min(map(len, prompts)))
+        most = min(longest + max_new_tokens, config.context_length)
+        slots = min(bucket(most), config.sliding_window or sys.maxsize)
         tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
         for row, prompt in zip(tokens, prompts):
             row[: len(prompt)] = prompt
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
         lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
         counts = np.zeros((config.num_layers, 2), np.int64)
-        self.statistics = Statistics(3 * config.intermediate_size, pipeline, counts)
+        self.statistics = Statistics(3 * config.intermediate_size, pipeline, sparse, counts)
         begun = time.perf_counter()
         self._state = prefill(self._weights, tokens, lengths, keys, sampling, model=self.model, slots=slots)
         self._first = np.asarray(self._state.token)

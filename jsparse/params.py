@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jsparse.config import ModelConfig
+from jsparse.errors import JsparseError
 from jsparse.quantization import Matrix
 from jsparse.typing import Array, Float
 
@@ -65,3 +66,22 @@ class Params:
     weights: dict[str, Any]
     predictors: tuple[Predictor, ...] | None = None
     tokenizer: Any = None
+
+
+def check_predictors(params: Params) -> None:
+    """Raises: JsparseError: the predictors' number or shapes are not those of the model."""
+    if params.predictors is None:
+        return
+    c = params.config
+    if len(params.predictors) != c.num_layers:
+        raise JsparseError(f"there are {len(params.predictors)} predictors for a model of {c.num_layers} layers")
+    problems = []
+    for layer, predictor in enumerate(params.predictors):
+        wanted = {"a": (predictor.rank, c.hidden_size), "b": (c.intermediate_size, predictor.rank)}
+        wanted["bias"] = (c.intermediate_size,)
+        for name, shape in wanted.items():
+            found = getattr(predictor, name).shape
+            if found != shape:
+                problems.append(f"layer {layer} {name} has shape {found}, the model needs {shape}")
+    if problems:
+        raise JsparseError("the predictors belong to another model: " + "; ".join(problems))

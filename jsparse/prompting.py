@@ -8,7 +8,7 @@ import numpy as np
 from jsparse.errors import JsparseError
 from jsparse.ffn.select import select_executor
 from jsparse.generation import CHUNK, PAD, Decoding, Sampling, Statistics
-from jsparse.params import Params
+from jsparse.params import Params, check_predictors
 from jsparse.tokenizer import Tokenizer
 
 _STREAM_STEPS = 4
@@ -24,7 +24,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     seed: int = 0,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = None,
     stream: bool = False,
     executor: str = "auto",
     sparse: bool | None = None,
@@ -56,20 +56,23 @@ def generate(
       JsparseError: the prompt or an option cannot be used; the message says which and why.
     """
     prompts, single, is_text = _read_prompts(params, prompt)
-    stops = [stop] if isinstance(stop, str) else list(stop)
+    check_predictors(params)
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    if not all(isinstance(text, str) for text in stops):
+        raise JsparseError(f"stop is {stop!r}; it must be a string or a list of strings")
     if stops and not is_text:
         raise JsparseError("stop strings need text prompts; for token ids, cut the output yourself")
     if "" in stops:
         raise JsparseError("a stop string is empty")
     if stream and not single:
         raise JsparseError(f"stream=True takes a single prompt; {len(prompts)} were given")
-    if max_new_tokens < 1:
-        raise JsparseError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise JsparseError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1")
     if pipeline not in ("sequential", "parallel"):
         raise JsparseError(f"pipeline is {pipeline!r}; it must be sequential or parallel")
     if sparse and params.predictors is None:
         raise JsparseError("sparse=True needs predictors; fit them with jsparse.fit_predictors or jsparse.calibrate")
-    if seed != int(seed) or not -(2**31) <= seed < 2**31:
+    if not isinstance(seed, int | np.integer) or not -(2**31) <= seed < 2**31:
         raise JsparseError(f"seed is {seed}; it must be a 32-bit integer")
 
     decoding = Decoding(
@@ -125,10 +128,11 @@ class _Text:
         if not self.ended:
             self._ids += ids
             self._text = self._tokenizer.decode(self._prompt + self._ids)[self._skip :]
-            cuts = [at for at in (self._text.find(stop) for stop in self._stops) if at >= 0]
-            self.ended = bool(cuts)
-            if cuts:
-                self._text = self._text[: min(cuts)]
+            matches = [(at + len(stop), at) for stop in self._stops if (at := self._text.find(stop)) >= 0]
+            self.ended = bool(matches)
+            if matches:
+                # The stop string that is complete first, however many tokens came at once.
+                self._text = self._text[: min(matches)[1]]
         certain = len(self._text) if last or self.ended else self._certain()
         piece = self._text[self._emitted : certain]
         self._emitted += len(piece)
@@ -139,13 +143,9 @@ class _Text:
 
     def _certain(self) -> int:
         """Length without a tail that may be the beginning of a stop string or of a character."""
-        length = len(self._text.rstrip(_REPLACEMENT))
-        held = 0
-        for stop in self._stops:
-            for size in range(1, len(stop)):
-                if self._text.endswith(stop[:size]):
-                    held = max(held, size)
-        return min(length, len(self._text) - held)
+        text = self._text.rstrip(_REPLACEMENT)
+        tails = [size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
+        return len(text) - max(tails, default=0)
 
 
 def _run(decoding: Decoding, outputs: list, steps: int, on_finish) -> Iterator[list]:
@@ -193,6 +193,8 @@ def _read_prompts(params: Params, prompt: Any) -> tuple[list[list[int]], bool, b
             ids = params.tokenizer.encode_chat(item)
         else:
             ids = [int(i) for i in np.asarray(item)]
+        if not ids:
+            raise JsparseError(f"{where} is empty: it encodes to no tokens")
         outside = [i for i in ids if not 0 <= i < config.vocab_size]
         if outside:
             raise JsparseError(f"{where} has token id {outside[0]}; the vocabulary is 0 to {config.vocab_size - 1}")

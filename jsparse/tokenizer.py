@@ -25,7 +25,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, with the special tokens the checkpoint puts before one."""
-        return self._backend.encode(text)
+        try:
+            return self._backend.encode(text)
+        except TypeError as error:  # what the tokenizers library raises for lone surrogates
+            raise JsparseError("the prompt or text has characters that are not valid Unicode") from error
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Ids of a conversation through the chat template, ready for the assistant's answer.
@@ -38,7 +41,10 @@ class Tokenizer:
                 raise JsparseError(f"chat message {message!r} needs the keys 'role' and 'content'")
         if not self._backend.chat_template:
             raise JsparseError("this tokenizer has no chat template; write the prompt as text")
-        text = self._backend.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        try:
+            text = self._backend.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may raise anything, and does for roles that it does not know
+            raise JsparseError(f"the chat template refuses the messages: {error}") from error
         return self._backend.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -8,7 +8,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from jaxtyping import install_import_hook
 
 # Not the pytrees in params and quantization: JAX also builds those around leaves that are no arrays.
-_CHECKED = ("calibration", "decoder", "ffn", "generation", "layers", "predictor", "sampling", "thresholds")
+_CHECKED = (
+    "calibration",
+    "calibration_options",
+    "calibration_state",
+    "decoder",
+    "ffn",
+    "generation",
+    "layers",
+    "predictor",
+    "sampling",
+    "thresholds",
+)
 install_import_hook([f"jsparse.{module}" for module in _CHECKED], "beartype.beartype")
 
 import dataclasses

@@ -147,7 +147,7 @@ def test_generation_options(name, stream, small):
 
 
 @pytest.mark.parametrize(
-    "options", [{"seed": 2**31 - 1}, {"seed": -(2**31)}, {"top_p": 1.0}, {"top_k": 10**6}, {"seed": 2.0}]
+    "options", [{"seed": 2**31 - 1}, {"seed": -(2**31)}, {"top_p": 1.0}, {"top_k": 10**6}, {"seed": np.int64(2)}]
 )
 def test_the_ends_of_the_ranges_are_accepted(options, small):
     assert len(jsparse.generate(small, [1, 2], max_new_tokens=2, temperature=1.0, **options)) == 2
@@ -379,7 +379,7 @@ def test_standard_input_that_is_no_text(text, saved, capsys, monkeypatch):
     refused(capsys, __main__.main, "generate", saved, "-")
 
 
-@pytest.mark.parametrize("place", ["jsparse.calibration._replace", "jsparse.checkpoint._save_arrays"])
+@pytest.mark.parametrize("place", ["jsparse.calibration_state._replace", "jsparse.checkpoint._save_arrays"])
 def test_a_full_disk(place, places, saved, tmp_path, capsys, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device", "OUT")

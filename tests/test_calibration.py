@@ -19,7 +19,7 @@ from conftest import TINY, random_params
 from test_generation import byte_tokenizer
 
 import jsparse
-from jsparse import calibrate
+from jsparse import calibrate, calibration_state
 from jsparse.calibration import CalibrationOptions, fit_layers, make_rows
 from jsparse.decoder import Decoder
 from jsparse.ffn import FFNSpec, reference
@@ -303,8 +303,9 @@ def test_a_crash_between_any_two_writes_changes_nothing(during, small, uninterru
 
     `_replace` dies before a file is begun, `os.replace` when it is written but not in place.
     """
-    name = "jsparse.calibration." + during
-    original = {"_replace": jsparse.calibration._replace, "os.replace": os.replace, "Path.unlink": Path.unlink}[during]
+    name = f"jsparse.calibration_state.{during}"
+    originals = {"_replace": calibration_state._replace, "os.replace": os.replace, "Path.unlink": Path.unlink}
+    original = originals[during]
     crashes = 0
     for survives in range(20):
         calls = 0

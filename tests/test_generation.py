@@ -146,9 +146,9 @@ TRANSFORMERS = {
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     config = TRANSFORMERS[name] | {"eos_token_id": None}
-    model = checkpoints.write_with_transformers(tmp_path / "model", config)
+    model = checkpoints.write_with_transformers(tmp_path / "model", config, seed=2)
     if config.get("tie_word_embeddings"):
-        model.model.embed_tokens.weight.data *= 0.2  # else every token predicts itself
+        model.model.embed_tokens.weight.data *= 0.3  # else every token predicts itself
         model.save_pretrained(tmp_path / "model")
     params = from_huggingface(tmp_path / "model")
     ids = checkpoints.tokens(config, length=20, batch=3)

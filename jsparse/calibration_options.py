@@ -1,0 +1,96 @@
+"""How predictors are fitted, and what is reported of each layer."""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from jsparse.config import ModelConfig
+from jsparse.errors import JsparseError
+from jsparse.predictor import BITS, check_rank
+from jsparse.thresholds import BiasMode, SilencedRule
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationOptions:
+    """How predictors are fitted. The defaults are this project's recipe; `paper()` gives SVDP's.
+
+    Attributes:
+      rank: one number, or one per layer; None is a quarter of the hidden size.
+      bits: 16, 8 or 4 per element of a and b.
+      sparsity: share of each layer's measured activation sparsity that is skipped; the first two layers use 0.1 less.
+      tokens: calibration tokens to use of the text.
+      seed: chooses which, where the text has more, and their order.
+      whiten, center: False switches the data's metric, or its mean, off (ablations).
+      bias: threshold per neuron, one per layer, or none (ablations).
+      importance: what skipping a neuron costs: the squared gate activation, hidden activation, or output norm.
+      silenced: what happens when 1% of the neurons are off on all tokens (see `thresholds.raise_levels`).
+    """
+
+    rank: int | tuple[int, ...] | None = None
+    bits: int = 4
+    sparsity: float = 0.95
+    tokens: int = 20_000
+    seed: int = 0
+    whiten: bool = True
+    center: bool = True
+    bias: BiasMode = "neuron"
+    importance: Literal["gate", "hidden", "output"] = "output"
+    silenced: SilencedRule = "spare"
+
+    @classmethod
+    def paper(cls, rank: int, sparsity: float) -> "CalibrationOptions":
+        """The published recipe: 16 bits, no centring, and an early stop where many neurons are rare."""
+        return cls(rank=rank, bits=16, sparsity=sparsity, center=False, silenced="stop")
+
+    def ranks(self, config: ModelConfig) -> tuple[int, ...]:
+        """The rank of every layer."""
+        rank = max(1, config.hidden_size // 4) if self.rank is None else self.rank
+        return (int(rank),) * config.num_layers if np.ndim(rank) == 0 else tuple(int(r) for r in rank)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises: JsparseError: an option is out of range for the model."""
+        if not config.is_sparse:
+            raise JsparseError(
+                f"a {config.ffn_kind} FFN has no zero neurons to predict; calibration needs a model with a "
+                "reglu, drelu or fatrelu FFN"
+            )
+        ranks = self.ranks(config)
+        if len(ranks) != config.num_layers:
+            raise JsparseError(f"rank has {len(ranks)} values; the model has {config.num_layers} layers")
+        for rank in ranks:
+            check_rank(rank, config.hidden_size)
+        if self.bits not in BITS:
+            raise JsparseError(f"bits is {self.bits}; a predictor has 16, 8 or 4")
+        if not 0 <= self.sparsity <= 1:
+            raise JsparseError(f"sparsity is {self.sparsity}; it must be between 0 and 1")
+        if self.seed < 0:
+            raise JsparseError(f"seed is {self.seed}; it must be at least 0")
+        if self.tokens < 1:
+            raise JsparseError(f"tokens is {self.tokens}; it must be at least 1")
+        if self.bias not in ("neuron", "layer", "none"):
+            raise JsparseError(f"bias is {self.bias!r}; it must be neuron, layer or none")
+        if self.importance not in ("gate", "hidden", "output"):
+            raise JsparseError(f"importance is {self.importance!r}; it must be gate, hidden or output")
+        if self.silenced not in ("spare", "stop"):
+            raise JsparseError(f"silenced is {self.silenced!r}; it must be spare or stop")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What calibration found of a layer, measured on the second half of the tokens.
+
+    Attributes:
+      layer, rank: of the predictor.
+      sparsity: share of (token, neuron) pairs that are zero.
+      skipped: share of pairs that the predictor skips.
+      recall: share of the non-zero pairs that the predictor keeps.
+      stopped_early: the target was not reached: raising thresholds further would silence too many neurons.
+    """
+
+    layer: int
+    rank: int
+    sparsity: float
+    skipped: float
+    recall: float
+    stopped_early: bool

@@ -1,0 +1,81 @@
+"""An unfinished calibration on disk, so that an interruption costs one layer at most."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse.calibration_options import CalibrationOptions, LayerReport
+from jsparse.checkpoint import digest
+from jsparse.errors import JsparseError
+from jsparse.params import Params, Predictor
+from jsparse.quantization import QuantizedRows
+
+
+class CalibrationState:
+    """Finished layers on disk: `layer_N.npz` and the hidden states after the last of them."""
+
+    def __init__(self, directory: str | Path, params: Params, rows: np.ndarray, options: CalibrationOptions):
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._config, self._options = params.config, options
+        key = hashlib.sha256(json.dumps([params.config.to_dict(), dataclasses.asdict(options)]).encode())
+        key.update(rows.tobytes())
+        for leaf in jax.tree.leaves(params.weights):
+            key.update(digest(leaf).to_bytes(4, "little"))
+        identity = self._directory / "calibration.id"
+        if identity.exists() and identity.read_text() != key.hexdigest():
+            raise JsparseError(
+                f"{self._directory} holds an unfinished calibration of another model, text or options; remove it, or "
+                "run that calibration again to finish it"
+            )
+        _replace(identity, lambda file: file.write(key.hexdigest().encode()))
+
+    def resume(self) -> tuple[int, np.ndarray | None]:
+        """The first layer to fit and the hidden states that enter it."""
+        for layer in reversed(range(self._config.num_layers)):
+            hidden = self._hidden(layer)
+            if hidden.exists() and all(self._layer(done).exists() for done in range(layer + 1)):
+                return layer + 1, np.load(hidden)
+        return 0, None
+
+    def write_layer(self, layer: int, predictor: Predictor, report: LayerReport, hidden: np.ndarray) -> None:
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(predictor)]
+        leaves = [leaf.view(np.uint16) if leaf.dtype.name == "bfloat16" else leaf for leaf in leaves]
+        fields = json.dumps(dataclasses.asdict(report))
+        _replace(self._layer(layer), lambda file: np.savez(file, *leaves, report=fields))
+        _replace(self._hidden(layer), lambda file: np.save(file, hidden))
+        self._hidden(layer - 1).unlink(missing_ok=True)
+
+    def read_layer(self, layer: int) -> tuple[Predictor, LayerReport]:
+        c = self._config
+        with np.load(self._layer(layer)) as saved:
+            report = LayerReport(**json.loads(str(saved["report"])))
+            leaves = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
+        leaves = [jnp.asarray(leaf.view(jnp.bfloat16) if leaf.dtype == np.uint16 else leaf) for leaf in leaves]
+        if self._options.bits == 16:
+            return Predictor(*leaves), report
+        a_values, a_scale, b_values, b_scale, bias = leaves
+        a = QuantizedRows(a_values, a_scale, self._options.bits, c.hidden_size)
+        return Predictor(a, QuantizedRows(b_values, b_scale, self._options.bits, report.rank), bias), report
+
+    def _layer(self, layer: int) -> Path:
+        return self._directory / f"layer_{layer}.npz"
+
+    def _hidden(self, layer: int) -> Path:
+        return self._directory / f"hidden_{layer}.npy"
+
+
+def _replace(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file under a temporary name and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+    os.replace(temporary, path)
