@@ -27,7 +27,7 @@ from jsparse.ffn.select import select_executor
 SPARSITIES = (0.5, 0.7, 0.85, 0.95)
 RANK_SHARES = (16, 8, 4)
 BITS = (16, 8, 4)
-BATCH = 50
+BATCH = 100
 
 
 def read_lines(name: str) -> list[dict]:
@@ -65,6 +65,7 @@ def teacher_forced(weights, predictors, row, config, executor):
 def arithmetic_exact_match(params: jsparse.Params, problems: list[dict], sparse: bool) -> float:
     """Share of problems whose freely generated solution ends in the right answer."""
     right = 0
+    problems = sorted(problems, key=lambda problem: len(problem["prompt"]))  # rows of a batch end together
     for start in range(0, len(problems), BATCH):
         batch = problems[start : start + BATCH]
         prompts = [problem["prompt"] for problem in batch]
