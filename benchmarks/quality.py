@@ -105,14 +105,18 @@ def measure(params: jsparse.Params, rows: np.ndarray, problems: list[dict], refe
 
 
 def configurations(hidden_size: int, sparsities: list[float], quick: bool) -> list[tuple[str, CalibrationOptions]]:
-    """Our recipe over the grid, and the paper's at 16 bits."""
+    """Our recipe over the grid, and the paper's at 16 bits: with its early stop, and at the same skip share as ours."""
     ours = [
         ("ours", CalibrationOptions(rank=hidden_size // share, bits=bits, sparsity=s))
         for s in sparsities
         for share in RANK_SHARES
         for bits in BITS
     ]
-    paper = [("paper", CalibrationOptions.paper(hidden_size // 16, s)) for s in sparsities]
+    paper = [
+        (name, dataclasses.replace(CalibrationOptions.paper(hidden_size // 16, s), silenced=rule))
+        for name, rule in (("paper, early stop", "stop"), ("paper", "spare"))
+        for s in sparsities
+    ]
     if quick:
         return [paper[-1], ("ours", CalibrationOptions())]
     return [*paper, *ours]

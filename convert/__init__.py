@@ -1,7 +1,7 @@
 """Checkpoints of other formats: Hugging Face directories and PowerInfer predictor files, in and out."""
 
 from convert.errors import ConversionError
-from convert.huggingface import from_huggingface, is_huggingface_directory, to_huggingface
+from convert.huggingface import from_huggingface, to_huggingface
 from convert.powerinfer import export_predictors, import_predictors
 
 __all__ = [
@@ -9,6 +9,5 @@ __all__ = [
     "export_predictors",
     "from_huggingface",
     "import_predictors",
-    "is_huggingface_directory",
     "to_huggingface",
 ]

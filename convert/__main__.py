@@ -11,11 +11,9 @@ from pathlib import Path
 import jsparse
 from convert import ConversionError, export_predictors, import_predictors, to_huggingface
 from convert.files import check_destination, check_writable
-from convert.mapping import DTYPES
-from jsparse.checkpoint import check_new
-from jsparse.commands import Parser
+from jsparse.checkpoint import DTYPES, check_new
+from jsparse.commands import Parser, run_command
 from jsparse.config import FFN_KINDS
-from jsparse.errors import JsparseError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,19 +34,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for a mistake of the user's, 130 when interrupted."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; exit code 2 on a mistake of the user's, 130 when interrupted."""
     options = _parser().parse_args(arguments)
-    try:
-        with _log_on_stdout():
-            _run(options)
-    except (JsparseError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    with _log_on_stdout():
+        run_command(lambda: _run(options))
 
 
 @contextlib.contextmanager
@@ -96,4 +86,4 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,25 +10,15 @@ from safetensors.numpy import save_file
 from convert.config import read_config
 from convert.config_writer import write_config
 from convert.errors import ConversionError
-from convert.files import new_directory, read_json
-from convert.mapping import DTYPES, read_weights, stored_array, stored_dtype, weight_table
+from convert.files import new_directory
+from convert.mapping import read_weights, stored_array, stored_dtype, weight_table
 from convert.tensors import open_checkpoint
+from jsparse.checkpoint import DTYPES
 from jsparse.config import FFNKind
 from jsparse.params import Params
 from jsparse.tokenizer import load_tokenizer
 
 logger = logging.getLogger("convert")
-
-
-def is_huggingface_directory(path: str | Path) -> bool:
-    """Whether the path is a directory whose config.json names a transformers model type or architecture."""
-    config = Path(path) / "config.json"
-    if not config.is_file():
-        return False
-    try:
-        return not {"model_type", "architectures"}.isdisjoint(read_json(config))
-    except ConversionError:
-        return False
 
 
 def from_huggingface(directory: str | Path, *, ffn: FFNKind | None = None, dtype: str | None = None) -> Params:

@@ -13,12 +13,10 @@ from rich.progress import track
 from convert.errors import ConversionError, listing
 from convert.tensors import Index, StoredTensor
 from jsparse.config import ModelConfig
-from jsparse.decoder import Decoder
-from jsparse.ffn import reference
+from jsparse.decoder import weight_shapes
 from jsparse.params import FFNWeights
 from jsparse.quantization import QuantizedRows, dequantize, quantize_rows
 
-DTYPES = ("float32", "bfloat16", "float16", "int8")
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _BLOCK_ELEMENTS = 2**20
 _LONG = 2**31
@@ -58,11 +56,7 @@ class Slot(NamedTuple):
 
 def weight_table(config: ModelConfig) -> dict[str, Slot]:
     """The slot of every tensor of a model by its Hugging Face name, shapes taken from the decoder itself."""
-    decoder = Decoder(config, reference)
-    token = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(
-        lambda key: decoder.init(key, token, token, lambda layer, x, ffn: (x, None)), jax.random.key(0)
-    )["params"]
+    shapes = weight_shapes(config)
     paths = {"model.embed_tokens.weight": ("embed",), "model.norm.weight": ("norm", "scale")}
     for layer in range(config.num_layers):
         for name, path in _LAYER.items():

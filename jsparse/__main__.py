@@ -8,6 +8,7 @@ import jax
 from jsparse import calibrate
 from jsparse.checkpoint import DTYPES, load
 from jsparse.commands import Parser, run_command
+from jsparse.config import FFN_KINDS
 from jsparse.errors import JsparseError
 from jsparse.ffn.select import EXECUTORS
 from jsparse.generation import Statistics
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="jsparse directory, Hugging Face checkpoint, or 'default'")
     command.add_argument("--dtype", choices=DTYPES, help="weights of a HF checkpoint")
-    command.add_argument("--ffn", choices=("reglu", "drelu", "fatrelu", "swiglu"), help="FFN kind of a HF checkpoint")
+    command.add_argument("--ffn", choices=FFN_KINDS, help="FFN kind of a HF checkpoint")
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -80,7 +81,7 @@ def _generate(args: argparse.Namespace) -> None:
 def describe(statistics: Statistics) -> str:
     """One line: tokens, speed, share of FFN weight rows read."""
     return (
-        f"[{statistics.decode_steps} tokens decoded, {statistics.tokens_per_second:.1f} tokens/s with compilation, "
+        f"[{statistics.decoded_tokens} tokens decoded, {statistics.tokens_per_second:.1f} tokens/s with compilation, "
         f"{statistics.rows_read:.1%} of the FFN weight rows read]"
     )
 

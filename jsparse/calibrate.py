@@ -16,6 +16,7 @@ from jsparse.calibration import fit_predictors
 from jsparse.calibration_options import CalibrationOptions, LayerReport
 from jsparse.checkpoint import DEFAULT_MODEL, DTYPES, check_new, load, save
 from jsparse.commands import Parser, run_command
+from jsparse.config import SPARSE_KINDS
 from jsparse.errors import JsparseError
 from jsparse.params import Params
 
@@ -42,13 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--no-whiten", dest="whiten", action="store_false", help="plain SVD of the gate (ablation)")
     parser.add_argument("--no-center", dest="center", action="store_false", help="keep the data's mean (ablation)")
+    parser.add_argument("--no-refit", dest="refit", action="store_false", help="keep the SVD's b (ablation)")
     parser.add_argument("--bias", choices=("neuron", "layer", "none"), default=defaults.bias, help="thresholds")
     parser.add_argument("--importance", choices=("gate", "hidden", "output"), default=defaults.importance)
     parser.add_argument(
         "--silenced", choices=("spare", "stop"), default=defaults.silenced, help="rule for rare neurons"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="weights of a HF checkpoint")
-    parser.add_argument("--ffn", choices=("reglu", "drelu", "fatrelu"), help="FFN kind of a HF checkpoint")
+    parser.add_argument("--ffn", choices=SPARSE_KINDS, help="FFN kind of a HF checkpoint")
     parser.add_argument("--plot", type=Path, help="write a PNG of sparsity and recall per layer")
 
 

@@ -24,7 +24,7 @@ from jsparse.layers import Block
 from jsparse.params import FFNWeights, Params, Predictor
 from jsparse.predictor import fit_low_bit
 from jsparse.quantization import Matrix, dequantize, take_rows
-from jsparse.thresholds import bias_at, layer_bias, level_costs, raise_levels
+from jsparse.thresholds import fit_bias
 from jsparse.typing import Array, Float, Int
 
 MAX_SEQUENCE = 512
@@ -134,41 +134,30 @@ def fit_layer(
     gate = dequantize(ffn.gate)
     gram = _gram(fit_x, mean)
     rank = options.ranks(config)[layer]
-    a, b, offset = fit_low_bit(gate, gram, mean, rank, bits=options.bits, whiten=options.whiten)
+    a, b, offset = fit_low_bit(gate, gram, mean, rank, bits=options.bits, whiten=options.whiten, refit=options.refit)
     del gate
     if options.bias == "neuron":
         offset = jnp.zeros_like(offset)  # a threshold per neuron absorbs it
     features = reference.linear(threshold_x, a)
     spec = FFNSpec.of(config)
-    blocks = []
+    shape = (config.intermediate_size, threshold_x.shape[0])
+    scores, cost, active = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, bool)
     for start in range(0, config.intermediate_size, _NEURON_BLOCK):
-        neurons = jnp.arange(start, min(start + _NEURON_BLOCK, config.intermediate_size))
-        scores, cost, active = _block_statistics(
+        block = slice(start, min(start + _NEURON_BLOCK, config.intermediate_size))
+        neurons = jnp.arange(block.start, block.stop)
+        scores[block], cost[block], active[block] = _block_statistics(
             threshold_x, features, ffn, b, offset, neurons, spec, options.importance
         )
-        levels = level_costs(scores, cost, _LEVELS) if options.bias == "neuron" else (None, None)
-        blocks.append((np.asarray(scores), np.asarray(active), *levels))
-    all_scores, all_active, thresholds, costs = zip(*blocks)
-
-    pairs = threshold_x.shape[0] * config.intermediate_size
-    num_active = sum(int(active.sum()) for active in all_active)
-    sparsity = 1 - num_active / pairs
+    sparsity = 1 - np.count_nonzero(active) / active.size
     target = max(0.0, (options.sparsity - (_CAUTION if layer < _CAUTIOUS_LAYERS else 0)) * sparsity)
-    early = False
-    if options.bias == "neuron":
-        levels = raise_levels(jnp.concatenate(costs), target, silenced=options.silenced)
-        bias, early = bias_at(jnp.concatenate(thresholds), levels.level), levels.stopped_early
-    elif options.bias == "layer":
-        bias = jnp.full(config.intermediate_size, layer_bias(jnp.concatenate(all_scores), target))
-    else:
-        bias = jnp.full(config.intermediate_size, -spec.threshold)
-    kept = caught = 0
-    for start, scores, active in zip(range(0, config.intermediate_size, _NEURON_BLOCK), all_scores, all_active):
-        predicted = scores + np.asarray(bias[start : start + _NEURON_BLOCK, None]) > 0
-        kept += int(predicted.sum())
-        caught += int((predicted & active).sum())
-    recall = caught / num_active if num_active else 1.0
-    report = LayerReport(layer, rank, sparsity, 1 - kept / pairs, recall, early)
+    fit = fit_bias(scores, cost, target, levels=_LEVELS, mode=options.bias, silenced=options.silenced)
+    # Without calibration a neuron is predicted active where its estimated gate passes the activation's threshold.
+    bias = fit.bias if options.bias != "none" else fit.bias - spec.threshold
+    predicted = scores > -np.asarray(bias)[:, None]
+    num_active = np.count_nonzero(active)
+    recall = np.count_nonzero(predicted & active) / num_active if num_active else 1.0
+    skipped = 1 - np.count_nonzero(predicted) / active.size
+    report = LayerReport(layer, rank, sparsity, skipped, recall, fit.stopped_early)
     return Predictor(a, b, (bias + offset).astype(jnp.float32)), report
 
 
@@ -184,9 +173,9 @@ def _block_statistics(
     importance: str,
 ):
     """Scores, cost of skipping, and activity (block, n) of some neurons."""
-    scores = take_rows(b, neurons) @ features.T + offset[neurons][:, None]
-    gate = spec.phi(take_rows(ffn.gate, neurons) @ x.T)
-    hidden = gate * spec.psi(take_rows(ffn.up, neurons) @ x.T)
+    scores = reference.linear(take_rows(b, neurons), features) + offset[neurons][:, None]
+    gate = spec.phi(reference.linear(take_rows(ffn.gate, neurons), x))
+    hidden = gate * spec.psi(reference.linear(take_rows(ffn.up, neurons), x))
     norm = jnp.linalg.norm(take_rows(ffn.down_t, neurons), axis=1)[:, None]
     cost = {"gate": gate, "hidden": hidden, "output": hidden * norm}[importance] ** 2
     return scores, cost, hidden != 0
@@ -213,7 +202,7 @@ def _run_block(
         rows = slice(start, start + size)
         out[rows], x = _block_step(block, hidden[rows], config)
         inputs[rows] = x[:, -inputs.shape[1] :]
-    if not np.isfinite(out).all():
+    if not (np.isfinite(out).all() and np.isfinite(inputs).all()):
         raise JsparseError(f"layer {layer} gives NaN or infinite activations; the checkpoint's weights are damaged")
     return out, inputs
 
@@ -232,7 +221,11 @@ def _to_ids(params: Params, text: Any) -> np.ndarray:
     if isinstance(text, str) or is_chat:
         if params.tokenizer is None:
             raise JsparseError("this model has no tokenizer; give calibration texts as arrays of token ids")
-        return np.asarray(params.tokenizer.encode_chat(text) if is_chat else params.tokenizer.encode(text), np.int64)
+        if not is_chat:
+            return np.asarray(params.tokenizer.encode(text, special_tokens=False), np.int64)
+        answered = text[-1].get("role") == "assistant"
+        ids = params.tokenizer.encode_chat(text, add_generation_prompt=not answered)
+        return np.asarray(ids[ids[:1] == [params.config.bos_token_id] :], np.int64)
     ids = np.asarray(text)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise JsparseError(f"a calibration text must be a string, a chat or a 1-D array of token ids, not {type(text)}")

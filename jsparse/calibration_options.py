@@ -1,6 +1,7 @@
 """How predictors are fitted, and what is reported of each layer."""
 
 import dataclasses
+import operator
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ class CalibrationOptions:
       tokens: calibration tokens to use of the text.
       seed: chooses which, where the text has more, and their order.
       whiten, center: False switches the data's metric, or its mean, off (ablations).
+      refit: False keeps the SVD's second factor where the first was rounded (ablation).
       bias: threshold per neuron, one per layer, or none (ablations).
       importance: what skipping a neuron costs: the squared gate activation, hidden activation, or output norm.
       silenced: what happens when 1% of the neurons are off on all tokens (see `thresholds.raise_levels`).
@@ -34,19 +36,24 @@ class CalibrationOptions:
     seed: int = 0
     whiten: bool = True
     center: bool = True
+    refit: bool = True
     bias: BiasMode = "neuron"
     importance: Literal["gate", "hidden", "output"] = "output"
     silenced: SilencedRule = "spare"
 
     @classmethod
     def paper(cls, rank: int, sparsity: float) -> "CalibrationOptions":
-        """The published recipe: 16 bits, no centring, and an early stop where many neurons are rare."""
-        return cls(rank=rank, bits=16, sparsity=sparsity, center=False, silenced="stop")
+        """The published recipe: 16 bits, no centring, no refit, and an early stop where many neurons are rare."""
+        return cls(rank=rank, bits=16, sparsity=sparsity, center=False, refit=False, silenced="stop")
 
     def ranks(self, config: ModelConfig) -> tuple[int, ...]:
         """The rank of every layer."""
         rank = max(1, config.hidden_size // 4) if self.rank is None else self.rank
-        return (int(rank),) * config.num_layers if np.ndim(rank) == 0 else tuple(int(r) for r in rank)
+        return (
+            (operator.index(rank),) * config.num_layers
+            if np.ndim(rank) == 0
+            else tuple(operator.index(r) for r in rank)
+        )
 
     def check(self, config: ModelConfig) -> None:
         """Raises: JsparseError: an option is out of range for the model."""
@@ -55,7 +62,10 @@ class CalibrationOptions:
                 f"a {config.ffn_kind} FFN has no zero neurons to predict; calibration needs a model with a "
                 "reglu, drelu or fatrelu FFN"
             )
-        ranks = self.ranks(config)
+        try:
+            ranks = self.ranks(config)
+        except TypeError:
+            raise JsparseError(f"rank is {self.rank}; it must be a whole number, or one per layer") from None
         if len(ranks) != config.num_layers:
             raise JsparseError(f"rank has {len(ranks)} values; the model has {config.num_layers} layers")
         for rank in ranks:

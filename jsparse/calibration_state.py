@@ -26,11 +26,13 @@ class CalibrationState:
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
         self._config, self._options = params.config, options
-        key = hashlib.sha256(json.dumps([params.config.to_dict(), dataclasses.asdict(options)]).encode())
+        key = hashlib.sha256(json.dumps([params.config.to_dict(), dataclasses.asdict(options)], default=int).encode())
         key.update(rows.tobytes())
         for leaf in jax.tree.leaves(params.weights):
             key.update(digest(leaf).to_bytes(4, "little"))
         identity = self._directory / "calibration.id"
+        if not identity.exists() and any(self._directory.iterdir()):
+            raise JsparseError(f"{self._directory} is in the way: it is wanted for the state of the calibration")
         if identity.exists() and identity.read_text() != key.hexdigest():
             raise JsparseError(
                 f"{self._directory} holds an unfinished calibration of another model, text or options; remove it, or "
@@ -43,7 +45,7 @@ class CalibrationState:
         for layer in reversed(range(self._config.num_layers)):
             hidden = self._hidden(layer)
             if hidden.exists() and all(self._layer(done).exists() for done in range(layer + 1)):
-                return layer + 1, np.load(hidden)
+                return layer + 1, self._read(hidden)
         return 0, None
 
     def write_layer(self, layer: int, predictor: Predictor, report: LayerReport, hidden: np.ndarray) -> None:
@@ -56,7 +58,7 @@ class CalibrationState:
 
     def read_layer(self, layer: int) -> tuple[Predictor, LayerReport]:
         c = self._config
-        with np.load(self._layer(layer)) as saved:
+        with self._read(self._layer(layer)) as saved:
             report = LayerReport(**json.loads(str(saved["report"])))
             leaves = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
         leaves = [jnp.asarray(leaf.view(jnp.bfloat16) if leaf.dtype == np.uint16 else leaf) for leaf in leaves]
@@ -65,6 +67,12 @@ class CalibrationState:
         a_values, a_scale, b_values, b_scale, bias = leaves
         a = QuantizedRows(a_values, a_scale, self._options.bits, c.hidden_size)
         return Predictor(a, QuantizedRows(b_values, b_scale, self._options.bits, report.rank), bias), report
+
+    def _read(self, path: Path) -> Any:
+        try:
+            return np.load(path)
+        except (OSError, EOFError, ValueError) as error:
+            raise JsparseError(f"{path} is damaged; remove {self._directory} to calibrate anew") from error
 
     def _layer(self, layer: int) -> Path:
         return self._directory / f"layer_{layer}.npz"
@@ -78,4 +86,6 @@ def _replace(path: Path, write: Callable[[Any], Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         write(file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.config import ModelConfig
+from jsparse.decoder import check_weights
 from jsparse.errors import JsparseError
 from jsparse.params import FFNWeights, Params, Predictor, check_predictors
 from jsparse.quantization import QuantizedRows
@@ -44,6 +45,7 @@ def save(params: Params, directory: str | Path, *, force: bool = False) -> None:
     Raises:
       JsparseError: the directory exists, or it cannot be written (a full disk, no permission).
     """
+    check_weights(params.weights, params.config)
     check_predictors(params)
     with replacing_directory(directory, force=force) as partial:
         trees = {"weights": _flatten(params.weights)}
@@ -169,8 +171,10 @@ def _load_directory(path: Path) -> Params:
         tree = _unflatten(_load_arrays(path / "predictors", manifest["predictors"]), manifest["predictors"])
         predictors = tuple(Predictor(**tree[layer]) for layer in sorted(tree, key=int))
     weights = _unflatten(_load_arrays(path / "weights", manifest["weights"]), manifest["weights"])
-    for layer in range(config.num_layers):
-        weights[f"layers_{layer}"]["ffn"] = FFNWeights(**weights[f"layers_{layer}"]["ffn"])
+    for name, layer in weights.items():
+        if name.startswith("layers_"):
+            layer["ffn"] = FFNWeights(**layer["ffn"])
+    check_weights(weights, config)
     tokenizer = load_tokenizer(path / "tokenizer")
     if manifest["tokenizer"] and tokenizer is None:
         raise JsparseError(f"{path / 'tokenizer'}: the tokenizer's files are missing")
@@ -237,7 +241,11 @@ def _save_arrays(directory: Path, arrays: dict[str, jax.Array]) -> None:
 def _load_arrays(directory: Path, storage: dict[str, dict]) -> dict[str, jax.Array]:
     import orbax.checkpoint as ocp
 
-    wanted = {key: jax.ShapeDtypeStruct(kept["shape"], jnp.dtype(kept["dtype"])) for key, kept in storage.items()}
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # not the device it was saved from
+    wanted = {
+        key: jax.ShapeDtypeStruct(kept["shape"], jnp.dtype(kept["dtype"]), sharding=here)
+        for key, kept in storage.items()
+    }
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore(directory.absolute(), wanted)

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from jsparse.errors import JsparseError
+
 FFNKind = Literal["reglu", "drelu", "fatrelu", "swiglu"]
 FFN_KINDS: tuple[str, ...] = ("reglu", "drelu", "fatrelu", "swiglu")
 SPARSE_KINDS: tuple[str, ...] = ("reglu", "drelu", "fatrelu")
@@ -54,7 +56,8 @@ class ModelConfig:
     name: str = ""
 
     def __post_init__(self):
-        if not self.head_dim:
+        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        if not self.head_dim and self.num_heads >= 1:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         problems = [
             f"{field} is {getattr(self, field)} and must be at least 1"
@@ -74,12 +77,20 @@ class ModelConfig:
             problems.append(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             problems.append(f"head_dim is {self.head_dim} and must be even for rotary positions")
+        if not self.rope_theta > 0:
+            problems.append(f"rope_theta is {self.rope_theta} and must be greater than 0")
+        if self.rope_scaling is not None and not self.rope_scaling.factor > 0:
+            problems.append(f"the rope scaling factor is {self.rope_scaling.factor} and must be greater than 0")
+        if not self.norm_eps >= 0:
+            problems.append(f"norm_eps is {self.norm_eps} and must be at least 0")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            problems.append(f"sliding_window is {self.sliding_window} and must be at least 1, or None")
         if self.ffn_kind not in FFN_KINDS:
             problems.append(f"ffn_kind is {self.ffn_kind!r} and must be one of {', '.join(FFN_KINDS)}")
         if self.ffn_threshold and self.ffn_kind != "fatrelu":
             problems.append(f"ffn_threshold is {self.ffn_threshold}, but {self.ffn_kind} has none")
         if problems:
-            raise ValueError("model config: " + "; ".join(problems))
+            raise JsparseError("model config: " + "; ".join(problems))
 
     @property
     def is_sparse(self) -> bool:
@@ -95,18 +106,17 @@ class ModelConfig:
         """Rebuild a config from `to_dict`.
 
         Raises:
-          ValueError: a field is unknown or missing, all of them listed.
+          JsparseError: a field is unknown or missing, all of them listed.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
         problems = [f"unknown field {name!r}" for name in sorted(fields.keys() - known)]
         problems += [f"missing field {name!r}" for name in sorted(required - fields.keys())]
         if problems:
-            raise ValueError("model config: " + "; ".join(problems))
+            raise JsparseError("model config: " + "; ".join(problems))
         fields = dict(fields)
         if fields.get("rope_scaling") is not None:
             fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-        fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
         return cls(**fields)
 
 

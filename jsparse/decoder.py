@@ -4,11 +4,14 @@ from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jsparse.config import ModelConfig
+from jsparse.errors import JsparseError
+from jsparse.ffn import reference
 from jsparse.layers import Block, FeedForward, KVCache, RMSNorm, parameter
-from jsparse.quantization import Matrix, take_rows
+from jsparse.quantization import Matrix, QuantizedRows, take_rows
 from jsparse.typing import Array, Float, Int
 
 _init_embed = nn.initializers.normal(0.02)
@@ -58,3 +61,33 @@ class Decoder(nn.Module):
             embed if c.tie_embeddings else parameter(self, "lm_head", _init_embed, (c.vocab_size, c.hidden_size))
         )
         return self.executor.linear(x, head), tuple(new_caches), extras
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, Any]:
+    """The structure of `Params.weights`, with a `jax.ShapeDtypeStruct` for every matrix and vector."""
+    token = jnp.zeros((1, 1), jnp.int32)
+
+    def initialise(key):
+        return Decoder(config, reference).init(key, token, token, lambda layer, x, ffn: (x, None))["params"]
+
+    return jax.eval_shape(initialise, jax.random.key(0))
+
+
+def check_weights(weights: dict[str, Any], config: ModelConfig) -> None:
+    """Raises: JsparseError: weights are missing, unknown or of another shape than the config's; all are listed."""
+
+    def shapes(tree):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, QuantizedRows))
+        return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+
+    wanted, found = shapes(weight_shapes(config)), shapes(weights)
+    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
+    problems += [f"{name} is unknown" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"{name} is {found[name]}, expected {wanted[name]}"
+        for name in wanted.keys() & found.keys()
+        if found[name] != wanted[name]
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise JsparseError(f"the weights do not fit the config: {'; '.join(sorted(problems)[:5])}{more}")

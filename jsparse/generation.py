@@ -25,6 +25,8 @@ PAD = -1
 """Stands in a chunk of tokens where a sequence had already ended."""
 CHUNK = 32
 """Most decode steps per call of the jitted loop."""
+_COLDEST = 1e-30
+"""Temperatures below are greedy: float32 has no room for the quotient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +65,10 @@ class Sampling:
     ) -> "Sampling":
         """Raises: JsparseError: a value is out of range; all are listed."""
         problems = []
-        if not temperature >= 0:
+        if not 0 <= temperature < float("inf"):
             problems.append(f"temperature is {temperature} and must be at least 0")
-        if top_k is not None and top_k < 1:
-            problems.append(f"top_k is {top_k} and must be at least 1")
+        if top_k is not None and not (isinstance(top_k, int | np.integer) and top_k >= 1):
+            problems.append(f"top_k is {top_k} and must be at least 1, a whole number")
         if not 0 < top_p <= 1:
             problems.append(f"top_p is {top_p} and must be greater than 0 and at most 1")
         if problems:
@@ -76,7 +78,7 @@ class Sampling:
             jnp.int32(min(top_k or config.vocab_size, config.vocab_size)),
             jnp.float32(top_p),
             jnp.asarray(config.eos_token_ids, jnp.int32),
-            temperature == 0,
+            temperature < _COLDEST,
         )
 
 
@@ -124,7 +126,7 @@ def prefill(
     logits, keys_values, _ = decoder.apply(
         {"params": weights}, tokens, jnp.arange(tokens.shape[1])[None], feed_forward, last=lengths - 1
     )
-    cache_dtype = jnp.float32 if weights["embed"].dtype == jnp.float32 else jnp.bfloat16
+    cache_dtype = getattr(weights["embed"], "dtype", jnp.bfloat16)
     caches = tuple(fill_cache(k, v, lengths, slots, cache_dtype) for k, v in keys_values)
     token, keys = _choose(logits, keys, sampling)
     return DecodeState(caches, token, lengths, _ends(token, lengths, sampling, model.config), keys)
@@ -219,7 +221,7 @@ class Statistics:
 
     Attributes:
       prefill_seconds, decode_seconds: wall time, compilation included.
-      decode_steps: tokens decoded after the first of each sequence, over all sequences.
+      decoded_tokens: tokens after the first of each sequence, over all sequences.
       counts: (L, 2) neurons predicted active and truly active, summed over those tokens.
       rows_per_token: FFN weight rows of one layer a dense step reads: 3 F.
       pipeline: which rows a predicted neuron costs.
@@ -232,20 +234,20 @@ class Statistics:
     counts: np.ndarray
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    decode_steps: int = 0
+    decoded_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
-        return self.decode_steps / self.decode_seconds if self.decode_seconds else float("nan")
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else float("nan")
 
     @property
     def rows_read(self) -> float:
         """Share of the FFN's weight rows that sparse decoding read; 1 for a dense generation."""
-        if not self.sparse or not self.decode_steps:
+        if not self.sparse or not self.decoded_tokens:
             return 1.0
         predicted, active = self.counts.sum(axis=0)
         rows = predicted + 2 * active if self.pipeline == "sequential" else 2 * predicted + active
-        return float(rows) / (self.decode_steps * self.rows_per_token * len(self.counts))
+        return float(rows) / (self.decoded_tokens * self.rows_per_token * len(self.counts))
 
 
 class Decoding:
@@ -304,7 +306,7 @@ class Decoding:
         tokens = np.asarray(tokens)
         self.statistics.decode_seconds += time.perf_counter() - begun
         self.statistics.counts += np.asarray(counts)
-        self.statistics.decode_steps += int((tokens != PAD).sum())
+        self.statistics.decoded_tokens += int((tokens != PAD).sum())
         self.remaining -= steps
         return tokens[:, :steps]
 

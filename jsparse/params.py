@@ -73,6 +73,8 @@ def check_predictors(params: Params) -> None:
     if params.predictors is None:
         return
     c = params.config
+    if not c.is_sparse:
+        raise JsparseError(f"there are predictors, but a {c.ffn_kind} FFN has no zero neurons to predict")
     if len(params.predictors) != c.num_layers:
         raise JsparseError(f"there are {len(params.predictors)} predictors for a model of {c.num_layers} layers")
     problems = []

@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
+import numpy as np
 
 from jsparse.errors import JsparseError
 from jsparse.quantization import Matrix, dequantize, quantize_rows
@@ -17,7 +18,8 @@ from jsparse.typing import Array, Float
 
 BITS = (16, 8, 4)
 _DAMPING = 1e-12
-_MIN_BITS_A = 4
+_EVENING = 0.75
+"""Power of its root mean square by which a column of b is divided; the best of 0, 1/4, ..., 1 (docs/log.md)."""
 
 
 def fit_svd(
@@ -46,6 +48,8 @@ def fit_svd(
     check_rank(rank, hidden_size)
     if gram.shape != (hidden_size, hidden_size):
         raise JsparseError(f"gram has shape {gram.shape}; the gate {gate.shape} needs ({hidden_size}, {hidden_size})")
+    if not isinstance(gram, jax.core.Tracer) and not np.isfinite(gram).all():
+        raise JsparseError("gram has NaN or infinite entries; the activations it was made of are damaged")
     dtype = jnp.float64 if gate.dtype == jnp.float64 else jnp.float32
     with jax.enable_x64(True):
         a, b = _fit_svd(jnp.asarray(gate, jnp.float64), jnp.asarray(gram, jnp.float64), rank, whiten)
@@ -60,16 +64,18 @@ def fit_low_bit(
     *,
     bits: int = 4,
     whiten: bool = True,
+    refit: bool = True,
 ) -> tuple[Matrix, Matrix, Float[Array, "F"]]:
     """The predictor of `fit_svd` in `bits` bits, corrected for the rounding of its first factor.
 
     a's rows are scaled to features of unit variance and rounded; b is refitted by least squares on the features that
-    the rounded a really gives, its columns are balanced by those features' deviations, and it is rounded in turn.
+    the rounded a really gives, its columns are evened out, and it is rounded in turn.
 
     Args:
       gate, gram, rank, whiten: as in `fit_svd`; a covariance gram for a centred fit.
       mean: what was subtracted from the data to get `gram`; zeros for an uncentred fit.
       bits: 16 (bfloat16), 8 or 4.
+      refit: False keeps the SVD's b (the published recipe).
 
     Returns:
       a, b and the offset (F,), so that b a x + offset estimates gate x.
@@ -81,8 +87,8 @@ def fit_low_bit(
         raise JsparseError(f"bits is {bits}; a predictor has 16, 8 or 4")
     with jax.enable_x64(True):
         gate, gram, mean = (jnp.asarray(array, jnp.float64) for array in (gate, gram, mean))
-        a, _ = fit_svd(gate, gram, rank, whiten=whiten)
-        a, b, offset = _round_and_refit(gate, gram, mean, a, bits)
+        a, b = fit_svd(gate, gram, rank, whiten=whiten)
+        a, b, offset = _round(gate, gram, mean, a, b, bits, refit)
         return a, b, offset.astype(jnp.float32)
 
 
@@ -122,12 +128,15 @@ def _whitening_root(gram):
         damping = 10 * carry[0]
         return damping, factor(damping)
 
+    def failed(carry):
+        return (carry[0] < 1) & ~jnp.isfinite(carry[1]).all()
+
     start = jnp.float64(_DAMPING)
-    return jax.lax.while_loop(lambda carry: ~jnp.isfinite(carry[1]).all(), raise_damping, (start, factor(start)))[1]
+    return jax.lax.while_loop(failed, raise_damping, (start, factor(start)))[1]
 
 
-@partial(jax.jit, static_argnames="bits")
-def _round_and_refit(gate, gram, mean, a, bits):
+@partial(jax.jit, static_argnames=("bits", "refit"))
+def _round(gate, gram, mean, a, b, bits, refit):
     root = _whitening_root(gram)
 
     def rounded(matrix, bits):
@@ -137,20 +146,30 @@ def _round_and_refit(gate, gram, mean, a, bits):
         deviation = jnp.linalg.norm(features @ root, axis=1)
         return jnp.where(deviation > 0, deviation, 1)
 
-    a = rounded(a / deviations(a)[:, None], max(bits, _MIN_BITS_A))
+    scale = deviations(a)
+    a = rounded(a / scale[:, None], bits)
     features = dequantize(a).astype(jnp.float64)
-    balance = deviations(features)
-    if bits == 16:
-        a = rounded(features / balance[:, None], bits)
+    deviation = deviations(features)
+    if refit:
+        # Least squares of gate x on the features: b = (gate S)(features S)^+, through a thin QR of (features S)^T.
+        # A feature that depends on earlier ones gets no weight.
+        q, r = jnp.linalg.qr((features / deviation[:, None] @ root).T)
+        dependent = jnp.abs(jnp.diagonal(r)) < 1e-6
+        r = jnp.where(dependent[:, None] | dependent, jnp.eye(r.shape[0]), r)
+        target = jnp.where(dependent, 0, gate @ (root @ q))
+        b = jax.scipy.linalg.solve_triangular(r, target.T).T
     else:
-        a = dataclasses.replace(a, scale=(a.scale / balance).astype(jnp.float32))
+        b = b * (scale * deviation)
+    # The singular values fall steeply, and a row of b with one scale would spend its few levels on the first columns:
+    # columns are evened out, and a takes the inverse.
+    column = jnp.sqrt(jnp.mean(b**2, axis=0))
+    column = jnp.where(column > 0, column, 1) ** _EVENING
+    b = rounded(b / column, bits)
+    factor = column / deviation
+    if bits == 16:
+        a = rounded(features * factor[:, None], bits)
+    else:
+        a = dataclasses.replace(a, scale=(a.scale * factor).astype(jnp.float32))
     features = dequantize(a).astype(jnp.float64)
-    # Least squares of gate x on the features: b = (gate S)(features S)^+, through a thin QR of (features S)^T.
-    q, r = jnp.linalg.qr((features @ root).T)
-    # A feature that depends on earlier ones gets no weight.
-    dependent = jnp.abs(jnp.diagonal(r)) < 1e-6
-    q, r = jnp.where(dependent, 0, q), r + jnp.diag(jnp.where(dependent, 1.0, 0.0))
-    b = jax.scipy.linalg.solve_triangular(r, (gate @ (root @ q)).T).T
-    b = rounded(b, bits)
     offset = gate @ mean - dequantize(b).astype(jnp.float64) @ (features @ mean)
     return a, b, offset

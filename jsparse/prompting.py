@@ -57,8 +57,8 @@ def generate(
     """
     prompts, single, is_text = _read_prompts(params, prompt)
     check_predictors(params)
-    stops = [stop] if isinstance(stop, str) else list(stop or ())
-    if not all(isinstance(text, str) for text in stops):
+    stops = [stop] if isinstance(stop, str) else stop or []
+    if not isinstance(stops, list | tuple) or not all(isinstance(text, str) for text in stops):
         raise JsparseError(f"stop is {stop!r}; it must be a string or a list of strings")
     if stops and not is_text:
         raise JsparseError("stop strings need text prompts; for token ids, cut the output yourself")

@@ -28,7 +28,8 @@ def sample(
       top_k: 1 or more; the vocabulary's size keeps all.
       top_p: in (0, 1]; 1 keeps all.
     """
-    scaled, ids = jax.lax.top_k(logits / temperature, logits.shape[-1])
+    scaled, ids = jax.lax.top_k(logits - jnp.max(logits, axis=-1, keepdims=True), logits.shape[-1])
+    scaled = scaled / temperature
     scaled = jnp.where(jnp.arange(logits.shape[-1]) < top_k, scaled, -jnp.inf)
     probabilities = jax.nn.softmax(scaled)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities

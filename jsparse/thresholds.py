@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jsparse.errors import JsparseError
 from jsparse.typing import Array, Float, Int
@@ -17,21 +18,20 @@ from jsparse.typing import Array, Float, Int
 BiasMode = Literal["neuron", "layer", "none"]
 SilencedRule = Literal["spare", "stop"]
 _MAX_START = 0.95
+_NEURON_BLOCK = 512
 _MAX_SILENCED_SHARE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
-class Levels:
-    """The outcome of the greedy: a level per neuron.
+class BiasFit:
+    """A calibrated bias and how it was reached.
 
     Attributes:
-      level: (F,) int32; level q of `levels` skips the neuron on the q / (levels - 1) share of lowest scores.
-      mean: mean of level / (levels - 1), the share of neurons skipped on the calibration tokens.
+      bias: (F,) float32: minus the threshold score; +inf where a neuron is never skipped.
       stopped_early: whether the target was out of reach: all steps that the rule on silenced neurons allows were taken.
     """
 
-    level: Int[Array, "F"]
-    mean: float
+    bias: Float[Array, "F"]
     stopped_early: bool
 
 
@@ -60,6 +60,19 @@ def calibrate_bias(
     Raises:
       JsparseError: target or levels out of range, or shapes that differ.
     """
+    return fit_bias(scores, importance, target, levels=levels, mode=mode, silenced=silenced).bias
+
+
+def fit_bias(
+    scores: Float[Array, "F n"],
+    importance: Float[Array, "_ _"],
+    target: float,
+    *,
+    levels: int = 256,
+    mode: BiasMode = "neuron",
+    silenced: SilencedRule = "spare",
+) -> BiasFit:
+    """`calibrate_bias`, with word of whether the target was reached."""
     if scores.shape != importance.shape:
         raise JsparseError(f"scores have shape {scores.shape} but importance has {importance.shape}")
     if not 0 <= target <= 1:
@@ -67,20 +80,22 @@ def calibrate_bias(
     if levels < 2:
         raise JsparseError(f"levels is {levels}; it must be at least 2")
     if mode == "none":
-        return jnp.zeros(scores.shape[0])
+        return BiasFit(jnp.zeros(scores.shape[0]), False)
     if mode == "layer":
-        return jnp.full(scores.shape[0], layer_bias(scores, target))
+        return BiasFit(jnp.full(scores.shape[0], _layer_bias(scores, target)), False)
     thresholds, costs = level_costs(scores, importance, levels)
-    return bias_at(thresholds, raise_levels(costs, target, silenced=silenced).level)
+    level, early = raise_levels(costs, target, silenced=silenced)
+    return BiasFit(-jnp.take_along_axis(thresholds, level[:, None], axis=1)[:, 0], early)
 
 
-def layer_bias(scores: Float[Array, "F n"], target: float) -> Float[Array, ""]:
+def _layer_bias(scores: Float[Array, "F n"], target: float) -> np.float32:
     """One constant for all neurons: minus the k-th smallest of all scores, k the target share of their number."""
     count = round(target * scores.size)
     if count == 0:
-        return jnp.float32(jnp.inf)
-    with jax.enable_x64(True):
-        return -_from_key(jnp.sort(_sort_key(scores.reshape(-1)))[count - 1])
+        return np.float32(np.inf)
+    flat = np.array(scores, np.float32).reshape(-1)
+    flat.partition(count - 1)
+    return -flat[count - 1]
 
 
 def level_costs(
@@ -89,14 +104,25 @@ def level_costs(
     """Per neuron and level, the threshold score and the importance lost below it (float64).
 
     Level q skips the k = floor(q n / (levels - 1)) tokens of lowest score; its threshold is the k-th smallest score,
-    -inf for k = 0. Neurons are independent, so callers may pass them in blocks.
+    -inf for k = 0. Tokens that share the threshold's score are skipped with it and charged to the level.
     """
     with jax.enable_x64(True):
-        return _level_costs(jnp.asarray(scores, jnp.float32), jnp.asarray(importance, jnp.float32), levels)
+        blocks = [
+            _level_costs(
+                jnp.asarray(scores[start : start + _NEURON_BLOCK], jnp.float32),
+                jnp.asarray(importance[start : start + _NEURON_BLOCK], jnp.float32),
+                levels,
+            )
+            for start in range(0, scores.shape[0], _NEURON_BLOCK)
+        ]
+        thresholds, costs = zip(*blocks)
+        return jnp.concatenate(thresholds), jnp.concatenate(costs)
 
 
-def raise_levels(costs: Float[Array, "F levels"], target: float, *, silenced: SilencedRule = "spare") -> Levels:
-    """Run the greedy over the whole layer.
+def raise_levels(
+    costs: Float[Array, "F levels"], target: float, *, silenced: SilencedRule = "spare"
+) -> tuple[Int[Array, "F"], bool]:
+    """Run the greedy over the whole layer: every neuron's level, and whether it ended short of the target.
 
     Every neuron starts at its highest level of zero cost, at most 95%. The cheapest next step of any neuron is taken
     (the lowest neuron first among equals) until the mean level reaches the target. A neuron at the last level is off
@@ -112,13 +138,7 @@ def raise_levels(costs: Float[Array, "F levels"], target: float, *, silenced: Si
     """
     with jax.enable_x64(True):
         level, early = _raise_levels(jnp.asarray(costs, jnp.float64), jnp.float64(target), silenced)
-        mean = float(jnp.mean(level.astype(jnp.float64))) / (costs.shape[1] - 1)
-        return Levels(level, mean, bool(early))
-
-
-def bias_at(thresholds: Float[Array, "F levels"], level: Int[Array, "F"]) -> Float[Array, "F"]:
-    """The bias of neurons whose thresholds are at the given levels."""
-    return -jnp.take_along_axis(thresholds, level[:, None], axis=1)[:, 0]
+        return level, bool(early)
 
 
 @partial(jax.jit, static_argnames="levels")
@@ -131,13 +151,15 @@ def _level_costs(scores, importance, levels):
     skipped = jnp.arange(levels) * num_tokens // (levels - 1)
     at = jnp.maximum(skipped - 1, 0)
     thresholds = _from_key((packed[:, at] >> 32).astype(jnp.int32))
+    key = packed >> 32
+    last_tied = jax.vmap(lambda row: jnp.searchsorted(row, row[at], side="right"))(key) - 1
     none = skipped == 0
-    return jnp.where(none, -jnp.inf, thresholds), jnp.where(none, 0.0, lost[:, at])
+    return jnp.where(none, -jnp.inf, thresholds), jnp.where(none, 0.0, jnp.take_along_axis(lost, last_tied, axis=1))
 
 
 def _sort_key(scores):
     """int32 whose order is the float32 scores' order."""
-    bits = (scores + 0.0).view(jnp.int32)
+    bits = jnp.where(scores == 0, 0.0, scores).view(jnp.int32)  # -0.0 and 0.0 tie
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 

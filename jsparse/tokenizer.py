@@ -23,15 +23,15 @@ class Tokenizer:
         """Number of ids, special tokens included."""
         return len(self._backend)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, with the special tokens the checkpoint puts before one."""
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Ids of a text, with the special tokens the checkpoint puts before a prompt."""
         try:
-            return self._backend.encode(text)
+            return self._backend.encode(text, add_special_tokens=special_tokens)
         except TypeError as error:  # what the tokenizers library raises for lone surrogates
             raise JsparseError("the prompt or text has characters that are not valid Unicode") from error
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Ids of a conversation through the chat template, ready for the assistant's answer.
+    def encode_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation through the chat template, by default ready for the assistant's answer.
 
         Raises:
           JsparseError: there is no chat template, or a message lacks `role` or `content`.
@@ -42,7 +42,9 @@ class Tokenizer:
         if not self._backend.chat_template:
             raise JsparseError("this tokenizer has no chat template; write the prompt as text")
         try:
-            text = self._backend.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = self._backend.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except Exception as error:  # a template may raise anything, and does for roles that it does not know
             raise JsparseError(f"the chat template refuses the messages: {error}") from error
         return self._backend.encode(text, add_special_tokens=False)

@@ -43,7 +43,12 @@ def calibrate_bias(
     ascending = np.take_along_axis(np.asarray(scores, np.float64), order, axis=1)
     lost = np.cumsum(np.take_along_axis(np.asarray(importance, np.float64), order, axis=1), axis=1)
     skipped = [level * num_tokens // (levels - 1) for level in range(levels)]
-    cost = [[lost[j, k - 1] if k else 0.0 for k in skipped] for j in range(num_neurons)]
+    # A threshold at the k-th smallest score also skips the tokens that tie with it.
+    tied = [
+        [np.searchsorted(ascending[j], ascending[j, k - 1], side="right") if k else 0 for k in skipped]
+        for j in range(num_neurons)
+    ]
+    cost = [[lost[j, t - 1] if t else 0.0 for t in tied[j]] for j in range(num_neurons)]
     level = [0] * num_neurons
     for j in range(num_neurons):
         while level[j] < int(0.95 * (levels - 1)) and cost[j][level[j] + 1] == 0:

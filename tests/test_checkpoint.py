@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,6 @@ from test_generation import byte_tokenizer
 import jsparse
 from convert import from_huggingface
 from jsparse.config import RopeScaling
-from tests import checkpoints
 
 ROOT = Path(__file__).parents[1]
 SMALL = dataclasses.replace(TINY, hidden_size=32, intermediate_size=48, num_heads=2, num_layers=2, vocab_size=257)

@@ -8,23 +8,23 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, ROWS, new_spelling
+from convert_command import exit_code
 
 import jsparse
-from convert import export_predictors, from_huggingface, import_predictors, is_huggingface_directory, to_huggingface
+from convert import export_predictors, from_huggingface, import_predictors, to_huggingface
 from convert import mapping as convert_mapping
-from convert.__main__ import main
 from convert.config import read_config
 from convert.tensors import open_checkpoint, read_safetensors
 from jsparse.config import ModelConfig, RopeScaling
 from jsparse.params import FFNWeights, Params, Predictor
 from jsparse.quantization import QuantizedRows, dequantize, quantize_rows
-from tests import checkpoints
-from tests.checkpoints import LINEAR_SCALING, LLAMA3_SCALING, ROWS, new_spelling
 
 _LLAMA = ModelConfig(
     32, 48, 2, 4, 2, 64, context_length=128, ffn_kind="reglu", norm_eps=1e-5, bos_token_id=1, eos_token_ids=(2,)
@@ -237,8 +237,6 @@ def test_round_trip_is_bit_identical(name, tmp_path):
     again = from_huggingface(tmp_path / "out")
     assert again.config == params.config
     assert_identical(again.weights, params.weights)
-    assert is_huggingface_directory(tmp_path / "out")
-    assert not is_huggingface_directory(tmp_path)
 
 
 def test_safetensors_library_reads_what_we_write_and_we_read_the_same(tmp_path):
@@ -348,13 +346,13 @@ def test_powerinfer_bfloat16_stays_and_float16_widens(tmp_path):
 
 def test_command_converts_and_says_which_ffn_kind(tmp_path, capsys):
     source = checkpoints.row(tmp_path, "Tiiny/SparseQwen2-7B")
-    assert main([str(source), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert exit_code([str(source), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     assert "FFN kind drelu: recognised as Tiiny/SparseQwen2-7B" in capsys.readouterr().out
     loaded, direct = jsparse.load(tmp_path / "out"), from_huggingface(source, dtype="bfloat16")
     assert loaded.config == direct.config
     assert_identical(loaded.weights, direct.weights)
 
-    assert main([str(source), str(tmp_path / "out"), "--ffn", "reglu", "--force"]) == 0
+    assert exit_code([str(source), str(tmp_path / "out"), "--ffn", "reglu", "--force"]) == 0
     assert jsparse.load(tmp_path / "out").config.ffn_kind == "reglu"
 
 
@@ -363,10 +361,10 @@ def test_command_moves_predictors_and_models_both_ways(tmp_path):
     config = from_huggingface(source).config
     export_predictors(Params(config, {}, make_predictors(config, None)), tmp_path / "files")
     model, files = str(tmp_path / "model"), str(tmp_path / "files")
-    assert main([str(source), model, "--import-predictors", files]) == 0
-    assert main([model, str(tmp_path / "again"), "--export-predictors"]) == 0
+    assert exit_code([str(source), model, "--import-predictors", files]) == 0
+    assert exit_code([model, str(tmp_path / "again"), "--export-predictors"]) == 0
     assert_identical(import_predictors(tmp_path / "again", config), import_predictors(tmp_path / "files", config))
-    assert main([model, str(tmp_path / "hf"), "--to-huggingface"]) == 0
+    assert exit_code([model, str(tmp_path / "hf"), "--to-huggingface"]) == 0
     assert_identical(from_huggingface(tmp_path / "hf").weights, jsparse.load(model).weights)
 
 

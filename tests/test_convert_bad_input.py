@@ -8,17 +8,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import checkpoints
 import jax.numpy as jnp
 import pytest
 import torch
+from checkpoints import ROWS
+from convert_command import exit_code
 
 import jsparse
 from convert import ConversionError, export_predictors, from_huggingface, import_predictors, to_huggingface
-from convert.__main__ import main
 from jsparse.config import ModelConfig
 from jsparse.params import Params, Predictor
-from tests import checkpoints
-from tests.checkpoints import ROWS
 
 LLAMA = ROWS["SparseLLM/ReluLLaMA-7B"]
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -231,7 +231,7 @@ def test_bad_checkpoints_are_refused_with_the_reason(name, tmp_path, capsys, mon
     source = build(tmp_path / "source")
     with pytest.raises(jsparse.JsparseError) as caught:
         jsparse.load(source)
-    assert main([str(source), str(tmp_path / "out")]) == 2
+    assert exit_code([str(source), str(tmp_path / "out")]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
     assert printed.count("\n") == 1
@@ -302,10 +302,7 @@ def test_wrong_commands(arguments, expected, tmp_path, capsys, monkeypatch):
     (tmp_path / "full" / "keep").write_text("mine")
     (tmp_path / "file").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    try:
-        code = main(arguments)
-    except SystemExit as stop:
-        code = stop.code
+    code = exit_code(arguments)
     printed = capsys.readouterr().err
     assert code == 2
     assert printed.startswith("error: ")
@@ -323,8 +320,8 @@ def test_interruption_leaves_nothing(mode, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("jsparse.checkpoint._save_arrays", interrupt)
     monkeypatch.setattr("convert.huggingface.save_file", interrupt)
-    assert main([str(source), str(tmp_path / "out"), *mode]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert exit_code([str(source), str(tmp_path / "out"), *mode]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -335,7 +332,7 @@ def test_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("convert.huggingface.save_file", full)
-    assert main([str(source), str(tmp_path / "out"), "--to-huggingface"]) == 2
+    assert exit_code([str(source), str(tmp_path / "out"), "--to-huggingface"]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

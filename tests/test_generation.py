@@ -3,12 +3,14 @@
 import dataclasses
 import logging
 
+import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 import torch
+from checkpoints import ROWS
 from conftest import TINY, predict_all, random_params
 from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, pre_tokenizers
@@ -22,8 +24,6 @@ from jsparse.generation import decode_chunk, prefill
 from jsparse.params import Predictor
 from jsparse.sampling import sample
 from jsparse.tokenizer import Tokenizer
-from tests import checkpoints
-from tests.checkpoints import ROWS
 
 PROMPT = np.random.default_rng(3).integers(0, TINY.vocab_size, 11)
 PROMPTS = [PROMPT, PROMPT[:3], np.roll(PROMPT, 4)[:7]]
@@ -185,7 +185,7 @@ def test_sparse_tokens_and_counts_are_those_of_a_naive_loop(kind):
         tokens = jsparse.generate(params, PROMPT, max_new_tokens=20, pipeline=pipeline, on_finish=found.append)
         np.testing.assert_array_equal(tokens, expected)
         np.testing.assert_array_equal(found[0].counts, counts)
-        assert found[0].decode_steps == 19
+        assert found[0].decoded_tokens == 19
         predicted, active = counts.sum(axis=0)
         rows = predicted + 2 * active if pipeline == "sequential" else 2 * predicted + active
         assert found[0].rows_read == pytest.approx(rows / (19 * 3 * 3 * 256))
@@ -391,10 +391,10 @@ def test_an_end_of_text_token_ends_its_sequence_alone(tiny_fitted):
     found = []
     ended = jsparse.generate(with_eos(tiny_fitted, 1000, eos), PROMPTS, max_new_tokens=21, on_finish=found.append)
     assert [tokens.tolist() for tokens in ended] == expected
-    assert found[0].decode_steps == sum(len(tokens) - 1 for tokens in expected)
+    assert found[0].decoded_tokens == sum(len(tokens) - 1 for tokens in expected)
     alone = []
     jsparse.generate(with_eos(tiny_fitted, eos), PROMPT, max_new_tokens=200, on_finish=alone.append)
-    assert alone[0].decode_steps == len(expected[0]) - 1
+    assert alone[0].decoded_tokens == len(expected[0]) - 1
 
 
 def test_the_loop_stops_with_its_sequences(tiny_fitted, monkeypatch):
@@ -420,10 +420,10 @@ def test_a_stop_string_ends_the_loop():
     params = scripted("Ahelo wrd!")
     found = []
     assert jsparse.generate(params, "A", stop="l", stream=False, on_finish=found.append) == "he"
-    assert found[0].decode_steps <= 32
+    assert found[0].decoded_tokens <= 32
     pieces = stream(params, "A", stop="l", on_finish=found.append)
     assert pieces == ["h", "e"]
-    assert found[1].decode_steps == 4
+    assert found[1].decoded_tokens == 4
 
 
 def test_the_kind_in_is_the_kind_out(wordy):

@@ -1,15 +1,15 @@
 """Logits agree with transformers, and with a plain PyTorch forward where transformers has no class."""
 
+import checkpoints
 import numpy as np
 import pytest
 import torch
+from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, ROWS
 
 from convert import from_huggingface, to_huggingface
 from jsparse.decoder import Decoder
 from jsparse.ffn import FFNSpec, reference
 from jsparse.params import Params
-from tests import checkpoints
-from tests.checkpoints import LINEAR_SCALING, LLAMA3_SCALING, ROWS
 
 TOLERANCE = 1e-4
 """Absolute, for float32 logits of spread 1."""

@@ -1,6 +1,7 @@
 """The XLA executor: the reference that every other one is compared with, and the fallback that runs anywhere."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from jsparse.typing import Array, Bool, Float, Int
 
 _BLOCK = 128
 """Rows gathered per step of the loops over active neurons."""
+_PRECISION = jax.lax.Precision.HIGHEST
+"""float32 products are float32: by default XLA takes fewer bits on accelerators."""
+_dot = partial(jnp.dot, precision=_PRECISION)
 
 
 def unavailable() -> str | None:
@@ -21,13 +25,13 @@ def unavailable() -> str | None:
 
 def linear(x: Float[Array, "... D"], weight: Matrix) -> Float[Array, "... out"]:
     """x W^T in float32, W (out, D)."""
-    return jnp.einsum("...d,od->...o", x.astype(jnp.float32), dequantize(weight))
+    return jnp.einsum("...d,od->...o", x.astype(jnp.float32), dequantize(weight), precision=_PRECISION)
 
 
 def dense_ffn(x: Float[Array, "... D"], ffn: FFNWeights, spec: FFNSpec) -> Float[Array, "... D"]:
     """The FFN over all neurons (the formula is at `FFNSpec`); leading axes of x are free."""
     hidden = spec.phi(linear(x, ffn.gate)) * spec.psi(linear(x, ffn.up))
-    return hidden @ dequantize(ffn.down_t)
+    return jnp.matmul(hidden, dequantize(ffn.down_t), precision=_PRECISION)
 
 
 def sparse_ffn(
@@ -52,20 +56,20 @@ def _sparse_token(
     x: Float[Array, "D"], predicted: Bool[Array, "F"], ffn: FFNWeights, spec: FFNSpec
 ) -> tuple[Float[Array, "D"], Int[Array, "2"]]:
     def gate_step(rows, hidden):
-        values = spec.phi(take_rows(ffn.gate, rows) @ x)
+        values = spec.phi(_dot(take_rows(ffn.gate, rows), x))
         if spec.pipeline == "parallel":
-            values = values * spec.psi(take_rows(ffn.up, rows) @ x)
+            values = values * spec.psi(_dot(take_rows(ffn.up, rows), x))
         return hidden.at[rows].set(values, mode="drop")
 
     def up_step(rows, hidden):
-        return hidden.at[rows].multiply(spec.psi(take_rows(ffn.up, rows) @ x), mode="drop")
+        return hidden.at[rows].multiply(spec.psi(_dot(take_rows(ffn.up, rows), x)), mode="drop")
 
     hidden = _over_rows(predicted, gate_step, jnp.zeros(predicted.shape))
     if spec.pipeline == "sequential":
         hidden = _over_rows(hidden != 0, up_step, hidden)
 
     def down_step(rows, y):
-        return y + hidden.at[rows].get(mode="fill", fill_value=0) @ take_rows(ffn.down_t, rows)
+        return y + _dot(hidden.at[rows].get(mode="fill", fill_value=0), take_rows(ffn.down_t, rows))
 
     y = _over_rows(hidden != 0, down_step, jnp.zeros(x.shape))
     return y, jnp.stack([jnp.sum(predicted), jnp.sum(hidden != 0)]).astype(jnp.int32)
