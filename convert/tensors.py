@@ -167,5 +167,5 @@ def import_torch(path: Path) -> ModuleType:
     try:
         import torch
     except ImportError:
-        raise ConversionError(f"{path} is a PyTorch file, which needs PyTorch: pip install jsparse[hf]") from None
+        raise ConversionError(f"{path} is a PyTorch file, which needs PyTorch: pip install 'jsparse[hf]'") from None
     return torch

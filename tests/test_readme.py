@@ -1,7 +1,6 @@
 """Every snippet of the README runs, in order, in one directory."""
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +17,7 @@ def snippets(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("readme")
-    shutil.copy(ROOT / "jsparse/default_model/calibration.txt", path)
-    return path
+    return tmp_path_factory.mktemp("readme")
 
 
 def test_python_snippets(directory, monkeypatch):
