@@ -29,7 +29,7 @@ class CalibrationOptions:
       silenced: what happens when 1% of the neurons are off on all tokens (see `thresholds.raise_levels`).
     """
 
-    rank: int | tuple[int, ...] | None = None
+    rank: int | np.integer | tuple[int, ...] | None = None
     bits: int = 4
     sparsity: float = 0.95
     tokens: int = 20_000

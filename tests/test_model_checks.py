@@ -1,0 +1,123 @@
+"""Models that do not fit together are refused where they enter."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, random_params
+
+import jsparse
+from jsparse.checkpoint import save
+from jsparse.predictor import fit_low_bit, fit_svd
+from jsparse.quantization import QuantizedRows, dequantize
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"num_kv_heads": 3}, "not a multiple"),
+        ({"rope_theta": 0.0}, "rope_theta is 0.0"),
+        ({"norm_eps": -1.0}, "norm_eps is -1.0"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"rope_scaling": jsparse.config.RopeScaling("linear", 0.0)}, "scaling factor is 0.0"),
+        ({"ffn_kind": "gelu"}, "ffn_kind is 'gelu'"),
+        ({"ffn_threshold": 0.1}, "ffn_threshold is 0.1, but reglu has none"),
+        ({"head_dim": 7}, "head_dim is 7"),
+    ],
+)
+def test_configs(fields, message):
+    with pytest.raises(jsparse.JsparseError, match=message):
+        dataclasses.replace(TINY, **fields)
+
+
+def test_config_round_trips_through_json():
+    config = dataclasses.replace(
+        TINY, eos_token_ids=[1, 2], rope_scaling=jsparse.config.RopeScaling("llama3", 8.0), sliding_window=64
+    )
+    assert jsparse.ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(jsparse.JsparseError, match="unknown field 'x'; missing field 'hidden_size'"):
+        jsparse.ModelConfig.from_dict({**{k: v for k, v in config.to_dict().items() if k != "hidden_size"}, "x": 1})
+
+
+@pytest.mark.parametrize("fields", [{"vocab_size": 256}, {"num_layers": 2}, {"num_layers": 4}, {"num_kv_heads": 4}])
+def test_weights_of_another_config_are_refused(fields, tmp_path):
+    params = random_params(TINY)
+    other = dataclasses.replace(params, config=dataclasses.replace(TINY, **fields))
+    with pytest.raises(jsparse.JsparseError, match="the weights do not fit the config"):
+        save(other, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictors_on_a_dense_model_are_refused(tiny_fitted):
+    config = dataclasses.replace(TINY, ffn_kind="swiglu")
+    with pytest.raises(jsparse.JsparseError, match="swiglu FFN has no zero neurons"):
+        jsparse.generate(dataclasses.replace(tiny_fitted, config=config), np.array([1, 2, 3]))
+
+
+def test_a_model_saved_on_another_device_loads(tiny, tmp_path):
+    """Orbax notes the device of every array; only the notes of one that is not here are simulated."""
+    save(tiny, tmp_path / "model")
+    notes = tmp_path / "model" / "weights" / "_sharding"
+    before = notes.read_text()
+    notes.write_text(before.replace("TFRT_CPU_0", "cuda:0").replace("cpu:0", "cuda:0"))
+    assert notes.read_text() != before
+    loaded = jsparse.load(tmp_path / "model")
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), loaded.weights, tiny.weights))
+
+
+def test_predictors_of_no_finite_data_are_refused():
+    with pytest.raises(jsparse.JsparseError, match="gram has NaN"):
+        fit_svd(jnp.ones((8, 4)), jnp.full((4, 4), jnp.nan), 2)
+
+
+def test_a_rank_beyond_the_data_stays_a_least_squares_fit():
+    """More features than the data have dimensions: the spare ones must not disturb the fit."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((500, 6)) @ rng.standard_normal((6, 32))
+    gate = rng.standard_normal((64, 32))
+    a, b, _ = fit_low_bit(gate, x.T @ x / 500, np.zeros(32), 24, bits=8)
+    estimate = x @ np.asarray(dequantize(a)).T @ np.asarray(dequantize(b)).T
+    assert np.linalg.norm(estimate - x @ gate.T) < 0.02 * np.linalg.norm(x @ gate.T)
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1e-38, 1e-20])
+def test_tiny_temperatures_are_greedy(tiny, temperature):
+    prompt = np.arange(10)
+    greedy = jsparse.generate(tiny, prompt, max_new_tokens=12)
+    np.testing.assert_array_equal(jsparse.generate(tiny, prompt, max_new_tokens=12, temperature=temperature), greedy)
+
+
+def test_a_quantised_embedding_runs(tiny):
+    from jsparse.quantization import quantize_rows
+
+    weights = {**tiny.weights, "embed": quantize_rows(tiny.weights["embed"], 8)}
+    assert isinstance(weights["embed"], QuantizedRows)
+    assert len(jsparse.generate(dataclasses.replace(tiny, weights=weights), np.arange(5), max_new_tokens=4)) == 4
+
+
+def test_a_directory_in_the_way_of_the_state_is_left_alone(tiny, tiny_tokens, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(jsparse.JsparseError, match="is in the way"):
+        jsparse.fit_predictors(tiny, tiny_tokens, rank=8, state_dir=tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_damaged_state_is_named(tiny, tiny_tokens, tmp_path):
+    jsparse.fit_predictors(tiny, tiny_tokens, rank=np.int64(8), state_dir=tmp_path)
+    (tmp_path / "layer_0.npz").write_bytes(b"")
+    with pytest.raises(jsparse.JsparseError, match=r"layer_0.npz is damaged"):
+        jsparse.fit_predictors(tiny, tiny_tokens, rank=np.int64(8), state_dir=tmp_path)
+
+
+def test_importing_jsparse_needs_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None; import jsparse, convert; print(jsparse.load('default').config.name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
