@@ -4,8 +4,8 @@ import jsparse
 from jsparse.calibrate import default_texts, fit_with_progress, print_reports
 from jsparse.generation import Statistics
 
-PROMPT = "def read_lines(path, encoding='utf-8'):\n    "
-NEW_TOKENS = 128
+PROMPT = ">>> 37 + 58 - 12\n"
+NEW_TOKENS = 100
 
 
 def timed(params: jsparse.Params, sparse: bool) -> tuple[str, Statistics]:
