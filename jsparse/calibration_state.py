@@ -31,7 +31,8 @@ class CalibrationState:
         for leaf in jax.tree.leaves(params.weights):
             key.update(digest(leaf).to_bytes(4, "little"))
         identity = self._directory / "calibration.id"
-        if not identity.exists() and any(self._directory.iterdir()):
+        others = [path for path in self._directory.iterdir() if path.name != f"{identity.name}.tmp"]
+        if others and not identity.exists():
             raise JsparseError(f"{self._directory} is in the way: it is wanted for the state of the calibration")
         if identity.exists() and identity.read_text() != key.hexdigest():
             raise JsparseError(
