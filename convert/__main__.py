@@ -66,6 +66,8 @@ def _run(options: argparse.Namespace) -> None:
         export_predictors(params, options.destination)
     elif options.to_huggingface:
         to_huggingface(params, options.destination)
+        if params.predictors is not None:
+            print("the predictors were left out: a Hugging Face checkpoint has no place for them (--export-predictors)")
     else:
         jsparse.save(params, options.destination, force=options.force)
     print(f"wrote {options.destination}")

@@ -1,5 +1,6 @@
 """Text to token ids and back, through the checkpoint's own tokenizer files and chat template."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     present = [name for name in _FILES if (Path(directory) / name).is_file()]
     if not present:
         return None
+    # Without PyTorch transformers advises to install it; tokenizers need none.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
     kind = transformers.PreTrainedTokenizerFast if present[0] == "tokenizer.json" else transformers.LlamaTokenizer
