@@ -130,16 +130,20 @@ def fit_layer(
     half = len(inputs) // 2
     width = inputs.shape[-1]
     fit_x, threshold_x = inputs[:half].reshape(-1, width), jnp.asarray(inputs[half:].reshape(-1, width))
-    mean = fit_x.mean(axis=0, dtype=np.float64) if options.center else np.zeros(width)
-    gate = dequantize(ffn.gate)
-    gram = _gram(fit_x, mean)
-    rank = options.ranks(config)[layer]
-    a, b, offset = fit_low_bit(gate, gram, mean, rank, bits=options.bits, whiten=options.whiten, refit=options.refit)
-    del gate
+    rank, spec = options.ranks(config)[layer], FFNSpec.of(config)
+    a, b, offset = fit_low_bit(
+        dequantize(ffn.gate),
+        fit_x,
+        rank,
+        bits=options.bits,
+        whiten=options.whiten,
+        center=options.center,
+        refit=options.refit,
+        threshold=spec.threshold,
+    )
     if options.bias == "neuron":
         offset = jnp.zeros_like(offset)  # a threshold per neuron absorbs it
     features = reference.linear(threshold_x, a)
-    spec = FFNSpec.of(config)
     shape = (config.intermediate_size, threshold_x.shape[0])
     scores, cost, active = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, bool)
     for start in range(0, config.intermediate_size, _NEURON_BLOCK):
@@ -205,15 +209,6 @@ def _run_block(
     if not (np.isfinite(out).all() and np.isfinite(inputs).all()):
         raise JsparseError(f"layer {layer} gives NaN or infinite activations; the checkpoint's weights are damaged")
     return out, inputs
-
-
-def _gram(x: Float[np.ndarray, "n D"], mean: Float[np.ndarray, "D"]) -> Float[np.ndarray, "D D"]:
-    """(x - mean)^T (x - mean) / n: float32 products of a block of tokens, summed in float64."""
-    total = np.zeros((x.shape[1], x.shape[1]))
-    for start in range(0, len(x), _TOKEN_BLOCK):
-        block = (x[start : start + _TOKEN_BLOCK] - mean).astype(np.float32)
-        total += block.T @ block
-    return total / len(x)
 
 
 def _to_ids(params: Params, text: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Low-rank predictors of the active neurons: truncation-aware SVD of the gate projection, then low-bit rounding.
 
-The construction is SVDP's (arXiv 2603.14110): whiten the gate with the calibration data, so that truncating its
-singular values is optimal for the data and not only for the matrix.
+The SVD is SVDP's (arXiv 2603.14110): whiten the gate with the calibration data, so that truncating its singular
+values is optimal for the data and not only for the matrix. The rounding and the clipped refit are this project's.
 """
 
 import dataclasses
@@ -17,7 +17,12 @@ from jsparse.quantization import Matrix, dequantize, quantize_rows
 from jsparse.typing import Array, Float
 
 BITS = (16, 8, 4)
+_NEURON_BLOCK = 512
+_TOKEN_BLOCK = 2048
 _DAMPING = 1e-12
+_NEGLIGIBLE = 1e-8
+_CLIP = 0.5
+"""Standard deviations below its mean where a gate value is clipped for the fit (docs/log.md)."""
 _EVENING = 0.75
 """Power of its root mean square by which a column of b is divided; the best of 0, 1/4, ..., 1 (docs/log.md)."""
 
@@ -58,37 +63,49 @@ def fit_svd(
 
 def fit_low_bit(
     gate: Float[Array, "F D"],
-    gram: Float[Array, "D D"],
-    mean: Float[Array, "D"],
+    x: Float[np.ndarray, "n D"],
     rank: int,
     *,
     bits: int = 4,
     whiten: bool = True,
+    center: bool = True,
     refit: bool = True,
+    threshold: float = 0.0,
 ) -> tuple[Matrix, Matrix, Float[Array, "F"]]:
-    """The predictor of `fit_svd` in `bits` bits, corrected for the rounding of its first factor.
+    """The predictor of `fit_svd` in `bits` bits, its second factor fitted to what the prediction needs.
 
-    a's rows are scaled to features of unit variance and rounded; b is refitted by least squares on the features that
-    the rounded a really gives, its columns are evened out, and it is rounded in turn.
+    a's rows are scaled to features of unit variance and rounded. b is fitted by least squares on the features that the
+    rounded a really gives. Its target is the gate's value clipped from below, half a standard deviation under its
+    mean: how far below the threshold an inactive neuron lies does not matter, and to reproduce it costs accuracy near
+    the threshold (measured in docs/log.md). b's columns are evened out, and it is rounded in turn.
 
     Args:
-      gate, gram, rank, whiten: as in `fit_svd`; a covariance gram for a centred fit.
-      mean: what was subtracted from the data to get `gram`; zeros for an uncentred fit.
+      gate, rank, whiten: as in `fit_svd`.
+      x: FFN inputs of the calibration tokens.
       bits: 16 (bfloat16), 8 or 4.
+      center: False fits x and not its deviation from the mean (ablation); the offset is then 0.
       refit: False keeps the SVD's b (the published recipe).
+      threshold: a neuron is active where its gate value exceeds this; no value above it is clipped.
 
     Returns:
-      a, b and the offset (F,), so that b a x + offset estimates gate x.
+      a, b and the offset (F,): b a x + offset estimates the clipped gate x, or without `refit` gate x itself.
 
     Raises:
       JsparseError: the rank, a shape or `bits` is out of range.
     """
     if bits not in BITS:
         raise JsparseError(f"bits is {bits}; a predictor has 16, 8 or 4")
+    mean = x.mean(axis=0, dtype=np.float64) if center else np.zeros(x.shape[1])
+    gram = _gram(x, mean)
     with jax.enable_x64(True):
-        gate, gram, mean = (jnp.asarray(array, jnp.float64) for array in (gate, gram, mean))
-        a, b = fit_svd(gate, gram, rank, whiten=whiten)
-        a, b, offset = _round(gate, gram, mean, a, b, bits, refit)
+        a, b = fit_svd(jnp.asarray(gate, jnp.float64), gram, rank, whiten=whiten)
+        a, scale = _round_features(a, gram, bits)
+        if refit:
+            b, level = _fit_clipped(gate, x, mean, dequantize(a), threshold)
+        else:
+            b, level = b * scale, gate @ mean
+        a, b = _round_weights(a, b, bits)
+        offset = level - _estimate(a, b, mean) if center else jnp.zeros_like(level)
         return a, b, offset.astype(jnp.float32)
 
 
@@ -135,41 +152,65 @@ def _whitening_root(gram):
     return jax.lax.while_loop(failed, raise_damping, (start, factor(start)))[1]
 
 
-@partial(jax.jit, static_argnames=("bits", "refit"))
-def _round(gate, gram, mean, a, b, bits, refit):
+def _gram(x: Float[np.ndarray, "n D"], mean: Float[np.ndarray, "D"]) -> Float[np.ndarray, "D D"]:
+    """(x - mean)^T (x - mean) / n: float32 products of a block of tokens, summed in float64."""
+    total = np.zeros((x.shape[1], x.shape[1]))
+    for start in range(0, len(x), _TOKEN_BLOCK):
+        block = (x[start : start + _TOKEN_BLOCK] - mean).astype(np.float32)
+        total += block.T @ block
+    return total / len(x)
+
+
+@partial(jax.jit, static_argnames="bits")
+def _round_features(a, gram, bits):
+    """a rounded, its features of unit variance, and the scale (R,) of the features that were."""
     root = _whitening_root(gram)
 
-    def rounded(matrix, bits):
-        return matrix.astype(jnp.bfloat16) if bits == 16 else quantize_rows(matrix, bits)
-
-    def deviations(features):
-        deviation = jnp.linalg.norm(features @ root, axis=1)
+    def deviations(a):
+        deviation = jnp.linalg.norm(a @ root, axis=1)
         return jnp.where(deviation > 0, deviation, 1)
 
-    scale = deviations(a)
-    a = rounded(a / scale[:, None], bits)
-    features = dequantize(a).astype(jnp.float64)
-    deviation = deviations(features)
-    if refit:
-        # Least squares of gate x on the features: b = (gate S)(features S)^+, through a thin QR of (features S)^T.
-        # A feature that depends on earlier ones gets no weight.
-        q, r = jnp.linalg.qr((features / deviation[:, None] @ root).T)
-        dependent = jnp.abs(jnp.diagonal(r)) < 1e-6
-        r = jnp.where(dependent[:, None] | dependent, jnp.eye(r.shape[0]), r)
-        target = jnp.where(dependent, 0, gate @ (root @ q))
-        b = jax.scipy.linalg.solve_triangular(r, target.T).T
-    else:
-        b = b * (scale * deviation)
-    # The singular values fall steeply, and a row of b with one scale would spend its few levels on the first columns:
-    # columns are evened out, and a takes the inverse.
+    before = deviations(a)
+    a = a / before[:, None]
+    if bits == 16:
+        return a.astype(jnp.bfloat16), before
+    a = quantize_rows(a, bits)
+    after = deviations(dequantize(a).astype(jnp.float64))
+    return dataclasses.replace(a, scale=(a.scale / after).astype(jnp.float32)), before * after
+
+
+def _fit_clipped(gate, x, mean, a, threshold):
+    """b and the level (F,) of the least-squares fit of the clipped gate on the features a (x - mean)."""
+    features = (x - mean) @ np.asarray(a, np.float64).T
+    variances, directions = np.linalg.eigh(features.T @ features / len(x))
+    # A feature may depend on others; a direction in which they hardly vary gets no weight.
+    whitener = directions * np.where(variances > _NEGLIGIBLE, variances, np.inf) ** -0.5
+    tokens, whitened = jnp.asarray(x, jnp.float32), jnp.asarray(features @ whitener, jnp.float32)
+    blocks = (gate[start : start + _NEURON_BLOCK] for start in range(0, len(gate), _NEURON_BLOCK))
+    b, level = zip(*(_clipped_block(jnp.asarray(g, jnp.float32), tokens, whitened, threshold) for g in blocks))
+    return jnp.concatenate(b) @ whitener.T, jnp.concatenate(level)
+
+
+@jax.jit
+def _clipped_block(gate, x, whitened, threshold):
+    value = gate @ x.T
+    floor = jnp.minimum(value.mean(axis=1), threshold) - _CLIP * value.std(axis=1)
+    value = jnp.maximum(value, floor[:, None].astype(jnp.float32))
+    return value @ whitened / len(x), value.mean(axis=1)
+
+
+@partial(jax.jit, static_argnames="bits")
+def _round_weights(a, b, bits):
+    """b rounded, and a, which takes what evens out b's columns.
+
+    The singular values fall steeply, and a row of b with one scale would spend its few levels on the first columns.
+    """
+    if bits == 16:
+        return a, b.astype(jnp.bfloat16)
     column = jnp.sqrt(jnp.mean(b**2, axis=0))
     column = jnp.where(column > 0, column, 1) ** _EVENING
-    b = rounded(b / column, bits)
-    factor = column / deviation
-    if bits == 16:
-        a = rounded(features * factor[:, None], bits)
-    else:
-        a = dataclasses.replace(a, scale=(a.scale * factor).astype(jnp.float32))
-    features = dequantize(a).astype(jnp.float64)
-    offset = gate @ mean - dequantize(b).astype(jnp.float64) @ (features @ mean)
-    return a, b, offset
+    return dataclasses.replace(a, scale=(a.scale * column).astype(jnp.float32)), quantize_rows(b / column, bits)
+
+
+def _estimate(a, b, x):
+    return dequantize(b).astype(jnp.float64) @ (dequantize(a).astype(jnp.float64) @ x)

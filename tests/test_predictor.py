@@ -60,41 +60,59 @@ def test_singular_gram(damage):
     best = np.sum(np.linalg.svd(x @ gate.T, compute_uv=False)[24:] ** 2)
     assert np.linalg.norm(x @ gate.T - x @ a.T @ b.T) ** 2 <= best * (1 + 1e-6) + 1e-9 * np.sum((x @ gate.T) ** 2)
     for bits in (16, 8, 4):
-        a, b, offset = fit_low_bit(gate, gram, np.zeros(WIDTH), 24, bits=bits)
+        a, b, offset = fit_low_bit(gate, x, 24, bits=bits)
         assert np.isfinite(oracle.matrix(a)).all()
         assert np.isfinite(oracle.matrix(b)).all()
         assert np.isfinite(offset).all()
 
 
-def estimate_error(x, gate, a, b, offset):
-    target = x @ gate.T
+def estimate_error(x, target, a, b, offset):
     estimate = x @ oracle.matrix(a).T @ oracle.matrix(b).T + np.asarray(offset, np.float64)
     return np.linalg.norm(estimate - target) / np.linalg.norm(target - target.mean(axis=0))
 
 
-def test_more_bits_are_better_and_the_refit_recovers_what_rounding_a_loses():
-    x, gate = data(num_tokens=4000)
-    x = x / x.std(axis=0)
-    mean, covariance = x.mean(axis=0), np.cov(x.T, bias=True)
-    errors = [estimate_error(x, gate, *fit_low_bit(gate, covariance, mean, 48, bits=bits)) for bits in (16, 8, 4)]
-    assert errors[0] <= errors[1] < errors[2]
-    plain_a, plain_b = fit64(gate, covariance, 48)
-    a4, _, _ = fit_low_bit(gate, covariance, mean, 48, bits=4)
-    from jsparse.quantization import quantize_rows
+def clipped(value, threshold=0.0):
+    """The refit's target: at least half a deviation under the mean, and never clipped above the threshold."""
+    return np.maximum(value, np.minimum(value.mean(axis=0), threshold) - 0.5 * value.std(axis=0))
 
-    unrefitted = quantize_rows(jnp.asarray(plain_b, jnp.float32), 4)
-    naive_a = quantize_rows(jnp.asarray(plain_a, jnp.float32), 4)
-    offset = gate @ mean - oracle.matrix(unrefitted) @ (oracle.matrix(naive_a) @ mean)
-    assert errors[2] < estimate_error(x, gate, naive_a, unrefitted, offset)
-    assert a4.bits == 4
+
+def scaled_data(num_tokens=4000):
+    x, gate = data(num_tokens)
+    return x / x.std(axis=0), gate
+
+
+def test_more_bits_are_better_and_the_refit_recovers_what_rounding_a_loses():
+    x, gate = scaled_data()
+    target = clipped(x @ gate.T)
+    fits = {bits: fit_low_bit(gate, x, 48, bits=bits) for bits in (16, 8, 4)}
+    errors = [estimate_error(x, target, *fits[bits]) for bits in (16, 8, 4)]
+    assert errors[0] <= errors[1] < errors[2]
+    kept = fit_low_bit(gate, x, 48, bits=4, refit=False)
+    np.testing.assert_array_equal(kept[0].values, fits[4][0].values)
+    # Even with the best slope and intercept for each neuron the SVD's weights are further off.
+    score = x @ oracle.matrix(kept[0]).T @ oracle.matrix(kept[1]).T
+    score, centred = score - score.mean(axis=0), target - target.mean(axis=0)
+    score *= (score * centred).sum(axis=0) / (score**2).sum(axis=0)
+    assert errors[2] < np.linalg.norm(score - centred) / np.linalg.norm(centred)
+
+
+def test_the_refit_is_the_least_squares_fit_of_the_clipped_gate():
+    x, gate = scaled_data()
+    for threshold in (0.0, -50.0):
+        a, b, offset = fit_low_bit(gate, x, 48, bits=16, threshold=threshold)
+        features = np.column_stack([x @ oracle.matrix(a).T, np.ones(len(x))])
+        target = clipped(x @ gate.T, threshold)
+        best, *_ = np.linalg.lstsq(features, target)
+        error = np.linalg.norm(features @ best - target) / np.linalg.norm(target - target.mean(axis=0))
+        assert estimate_error(x, target, a, b, offset) < 1.001 * error
 
 
 def test_centring_moves_the_mean_into_the_offset():
     x, gate = data()
     x = x / x.std(axis=0) + 20
-    centred = fit_low_bit(gate, np.cov(x.T, bias=True), x.mean(axis=0), 24, bits=16)
-    raw = fit_low_bit(gate, x.T @ x / len(x), np.zeros(WIDTH), 24, bits=16)
-    assert estimate_error(x, gate, *centred) < estimate_error(x, gate, *raw)
+    target = clipped(x @ gate.T)
+    centred, raw = (fit_low_bit(gate, x, 24, bits=16, center=center) for center in (True, False))
+    assert estimate_error(x, target, *centred) < estimate_error(x, target, *raw)
     np.testing.assert_array_equal(raw[2], 0)
 
 
@@ -115,4 +133,4 @@ def test_wrong_shapes_and_bits():
     with pytest.raises(JsparseError, match="gram has shape"):
         fit_svd(jnp.zeros((NEURONS, WIDTH)), jnp.eye(WIDTH + 1), 4)
     with pytest.raises(JsparseError, match="bits is 5"):
-        fit_low_bit(jnp.zeros((NEURONS, WIDTH)), jnp.eye(WIDTH), jnp.zeros(WIDTH), 4, bits=5)
+        fit_low_bit(jnp.zeros((NEURONS, WIDTH)), np.ones((5, WIDTH)), 4, bits=5)
