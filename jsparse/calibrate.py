@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--no-whiten", dest="whiten", action="store_false", help="plain SVD of the gate (ablation)")
     parser.add_argument("--no-center", dest="center", action="store_false", help="keep the data's mean (ablation)")
-    parser.add_argument("--no-refit", dest="refit", action="store_false", help="keep the SVD's b (ablation)")
+    parser.add_argument("--no-refit", dest="refit", action="store_false", help="keep the SVD's b as it is (ablation)")
     parser.add_argument("--bias", choices=("neuron", "layer", "none"), default=defaults.bias, help="thresholds")
     parser.add_argument("--importance", choices=("gate", "hidden", "output"), default=defaults.importance)
     parser.add_argument(

@@ -23,7 +23,7 @@ class CalibrationOptions:
       tokens: calibration tokens to use of the text.
       seed: chooses which, where the text has more, and their order.
       whiten, center: False switches the data's metric, or its mean, off (ablations).
-      refit: False keeps the SVD's second factor where the first was rounded (ablation).
+      refit: False keeps the SVD's second factor; else it is fitted to the clipped gate (see `fit_low_bit`).
       bias: threshold per neuron, one per layer, or none (ablations).
       importance: what skipping a neuron costs: the squared gate activation, hidden activation, or output norm.
       silenced: what happens when 1% of the neurons are off on all tokens (see `thresholds.raise_levels`).
