@@ -20,6 +20,7 @@ lint: .venv/test
 
 bench: .venv/bench
 	$(BIN)/python -m benchmarks.fit
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.quality
 
 clean:

@@ -28,7 +28,7 @@ from jsparse.thresholds import fit_bias
 from jsparse.typing import Array, Float, Int
 
 MAX_SEQUENCE = 512
-_NEURON_BLOCK = 512
+_NEURON_BLOCK = 128
 _TOKEN_BLOCK = 2048
 _LEVELS = 256
 _CAUTIOUS_LAYERS, _CAUTION = 2, 0.1
@@ -109,11 +109,13 @@ def fit_layers(
         yield state.read_layer(layer)
     if hidden is None:
         embed = take_rows(params.weights["embed"], jnp.asarray(rows.reshape(-1)))
-        hidden = np.asarray(config.embed_scale * embed).reshape(*rows.shape, -1)
+        hidden = np.array(config.embed_scale * embed).reshape(*rows.shape, -1)
+        del embed
     for layer in range(first, config.num_layers):
         block = params.weights[f"layers_{layer}"]
-        hidden, inputs = _run_block(block, hidden, config, layer)
+        inputs = _run_block(block, hidden, config, layer)
         predictor, report = fit_layer(block["ffn"], inputs, config, options, layer)
+        del inputs
         if state:
             state.write_layer(layer, predictor, report, hidden)
         yield predictor, report
@@ -197,18 +199,17 @@ def _block_step(block, hidden, config):
 
 def _run_block(
     block: dict[str, Any], hidden: Float[np.ndarray, "rows T D"], config: ModelConfig, layer: int
-) -> tuple[Float[np.ndarray, "rows T D"], Float[np.ndarray, "rows t D"]]:
-    """The layer's output, and its FFN inputs without the first position."""
-    out = np.empty_like(hidden)
+) -> Float[np.ndarray, "rows t D"]:
+    """Replace `hidden` by the layer's output; returns the layer's FFN inputs without the first position."""
     inputs = np.empty((hidden.shape[0], max(1, hidden.shape[1] - 1), hidden.shape[2]), np.float32)
     size = max(1, _TOKEN_BLOCK // hidden.shape[1])
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
-        out[rows], x = _block_step(block, hidden[rows], config)
+        hidden[rows], x = _block_step(block, hidden[rows], config)
         inputs[rows] = x[:, -inputs.shape[1] :]
-    if not (np.isfinite(out).all() and np.isfinite(inputs).all()):
+    if not (np.isfinite(hidden).all() and np.isfinite(inputs).all()):
         raise JsparseError(f"layer {layer} gives NaN or infinite activations; the checkpoint's weights are damaged")
-    return out, inputs
+    return inputs
 
 
 def _to_ids(params: Params, text: Any) -> np.ndarray:

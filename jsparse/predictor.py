@@ -17,7 +17,7 @@ from jsparse.quantization import Matrix, dequantize, quantize_rows
 from jsparse.typing import Array, Float
 
 BITS = (16, 8, 4)
-_NEURON_BLOCK = 512
+_NEURON_BLOCK = 128
 _TOKEN_BLOCK = 2048
 _DAMPING = 1e-12
 _NEGLIGIBLE = 1e-8
@@ -181,7 +181,9 @@ def _round_features(a, gram, bits):
 
 def _fit_clipped(gate, x, mean, a, threshold):
     """b and the level (F,) of the least-squares fit of the clipped gate on the features a (x - mean)."""
-    features = (x - mean) @ np.asarray(a, np.float64).T
+    a = np.asarray(a, np.float64).T
+    blocks = (x[start : start + _TOKEN_BLOCK] for start in range(0, len(x), _TOKEN_BLOCK))
+    features = np.concatenate([(block - mean) @ a for block in blocks])
     variances, directions = np.linalg.eigh(features.T @ features / len(x))
     # A feature may depend on others; a direction in which they hardly vary gets no weight.
     whitener = directions * np.where(variances > _NEGLIGIBLE, variances, np.inf) ** -0.5

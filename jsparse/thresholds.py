@@ -18,7 +18,7 @@ from jsparse.typing import Array, Float, Int
 BiasMode = Literal["neuron", "layer", "none"]
 SilencedRule = Literal["spare", "stop"]
 _MAX_START = 0.95
-_NEURON_BLOCK = 512
+_NEURON_BLOCK = 128
 _MAX_SILENCED_SHARE = 0.01
 
 
