@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
 from jsparse.ffn import reference
-from jsparse.layers import Block, FeedForward, KVCache, RMSNorm, parameter
+from jsparse.attention import KVCache
+from jsparse.layers import Block, FeedForward, RMSNorm, parameter
 from jsparse.quantization import Matrix, QuantizedRows, take_rows
 from jsparse.typing import Array, Float, Int
 
@@ -21,7 +22,7 @@ class Decoder(nn.Module):
     """A causal language model. `Decoder(config, executor).apply({"params": weights}, ...)` runs it.
 
     The residual stream is float32 whatever the weights' dtype; `executor` is a module of `jsparse.ffn` and computes
-    every matrix product outside attention.
+    every matrix product outside the attention of a prefill.
     """
 
     config: ModelConfig

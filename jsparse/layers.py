@@ -8,15 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse.attention import KVCache, causal_attention
 from jsparse.config import ModelConfig
 from jsparse.params import FFNWeights
-from jsparse.typing import Array, Bool, Float, Int
+from jsparse.typing import Array, Float, Int
 
-KVCache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
-"""Keys and values of one layer. Slot s holds the newest position p with p % S == s, so a cache no longer than the
-sliding window is a ring buffer."""
-
-_QUERY_BLOCK = 512
 _init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
 
 
@@ -65,22 +61,20 @@ class Attention(nn.Module):
         """Without a cache attends within x and returns its keys and values; with one, T is 1 and the cache grows."""
         c = self.config
 
-        def project(name, heads):
-            weight = parameter(self, f"{name}_proj", _init, (heads * c.head_dim, c.hidden_size))
-            bias = parameter(self, f"{name}_bias", nn.initializers.zeros, (heads * c.head_dim,)) if c.qkv_bias else None
-            y = self.executor.linear(x, weight)
-            y = y if bias is None else y + bias
-            return y.reshape(*x.shape[:2], heads, c.head_dim)
-
-        q, k, v = project("q", c.num_heads), project("k", c.num_kv_heads), project("v", c.num_kv_heads)
+        heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+        sizes = {name: count * c.head_dim for name, count in heads.items()}
+        weights = [parameter(self, f"{name}_proj", _init, (size, c.hidden_size)) for name, size in sizes.items()]
+        projected = self.executor.linears(x, weights)
+        if c.qkv_bias:
+            biases = [parameter(self, f"{name}_bias", nn.initializers.zeros, (size,)) for name, size in sizes.items()]
+            projected = [y + bias for y, bias in zip(projected, biases)]
+        q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in projected)
         q, k = rotate(q, positions, c), rotate(k, positions, c)
         if cache is None:
             out, cache = causal_attention(q, k, v, c.sliding_window), (k, v)
         else:
-            cache = write_cache(cache, k, v, positions[:, 0])
-            mask = visible_slots(positions[:, 0], cache[0].shape[1], c.sliding_window)
-            keys, values = (side.astype(q.dtype) for side in cache)
-            out = jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None, None, :])
+            now = (q[:, 0], k[:, 0], v[:, 0], positions[:, 0])
+            out, cache = self.executor.attend(*now, cache, c.sliding_window)
         weight = parameter(self, "o_proj", _init, (c.hidden_size, c.num_heads * c.head_dim))
         return self.executor.linear(out.reshape(*x.shape[:2], -1), weight), cache
 
@@ -137,50 +131,3 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
         keep = np.clip((turns - scaling.low_freq_factor) / span, 0, 1)
         frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
     return frequencies.astype(np.float32)
-
-
-def causal_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], window: int | None
-) -> Float[Array, "B T N H"]:
-    """Attention of a whole sequence, by blocks of queries so that no (T, T) matrix of a long prompt is held."""
-    length = q.shape[1]
-    key_positions = jnp.arange(length)
-
-    def attend(start, queries):
-        ahead = (start + jnp.arange(queries.shape[1]))[:, None] - key_positions[None, :]
-        mask = ahead >= 0
-        if window is not None:
-            mask &= ahead < window
-        return jax.nn.dot_product_attention(queries, k, v, mask=mask[None, None])
-
-    if length <= _QUERY_BLOCK or length % _QUERY_BLOCK:
-        return attend(0, q)
-    blocks = q.reshape(q.shape[0], -1, _QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
-    starts = jnp.arange(blocks.shape[0]) * _QUERY_BLOCK
-    out = jax.lax.map(lambda block: attend(*block), (starts, blocks))
-    return out.swapaxes(0, 1).reshape(q.shape)
-
-
-def fill_cache(
-    k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], lengths: Int[Array, "B"], slots: int, dtype
-) -> KVCache:
-    """The cache of `slots` slots after a right-padded prompt whose true lengths are given."""
-    newest = lengths[:, None] - 1
-    position = newest - (newest - jnp.arange(slots)) % slots
-    position = jnp.clip(position, 0, k.shape[1] - 1)[:, :, None, None]
-    return tuple(jnp.take_along_axis(side, position, axis=1).astype(dtype) for side in (k, v))
-
-
-def write_cache(
-    cache: KVCache, k: Float[Array, "B one K H"], v: Float[Array, "B one K H"], position: Int[Array, "B"]
-) -> KVCache:
-    """The cache with one token per sequence written at its position."""
-    rows, slot = jnp.arange(k.shape[0]), position % cache[0].shape[1]
-    return tuple(side.at[rows, slot].set(new[:, 0].astype(side.dtype)) for side, new in zip(cache, (k, v)))
-
-
-def visible_slots(position: Int[Array, "B"], slots: int, window: int | None) -> Bool[Array, "B S"]:
-    """Which slots the token at `position`, already written, may attend to."""
-    age = (position[:, None] - jnp.arange(slots)) % slots
-    visible = age <= position[:, None]
-    return visible if window is None else visible & (age < window)

@@ -1,15 +1,18 @@
 """The XLA executor: the reference that every other one is compared with, and the fallback that runs anywhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from jsparse.attention import attend
 from jsparse.ffn import FFNSpec
 from jsparse.params import FFNWeights, Predictor
 from jsparse.quantization import Matrix, dequantize, take_rows
 from jsparse.typing import Array, Bool, Float, Int
+
+__all__ = ["attend", "dense_ffn", "linear", "linears", "sparse_ffn", "unavailable"]
 
 _BLOCK = 128
 """Rows gathered per step of the loops over active neurons."""
@@ -26,6 +29,11 @@ def unavailable() -> str | None:
 def linear(x: Float[Array, "... D"], weight: Matrix) -> Float[Array, "... out"]:
     """x W^T in float32, W (out, D)."""
     return jnp.einsum("...d,od->...o", x.astype(jnp.float32), dequantize(weight), precision=_PRECISION)
+
+
+def linears(x: Float[Array, "... D"], weights: Sequence[Matrix]) -> tuple[Float[Array, "... out"], ...]:
+    """`linear` for every matrix."""
+    return tuple(linear(x, weight) for weight in weights)
 
 
 def dense_ffn(x: Float[Array, "... D"], ffn: FFNWeights, spec: FFNSpec) -> Float[Array, "... D"]:

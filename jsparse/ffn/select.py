@@ -7,9 +7,9 @@ from types import ModuleType
 
 from jsparse.errors import JsparseError
 
-EXECUTORS: dict[str, str] = {"xla": "jsparse.ffn.reference"}
-"""Module of every executor, in the order in which `auto` tries them. Each has `unavailable()`, `linear`, `dense_ffn`
-and `sparse_ffn`."""
+EXECUTORS: dict[str, str] = {"cpu": "jsparse.ffn.cpu", "xla": "jsparse.ffn.reference"}
+"""Module of every executor, in the order in which `auto` tries them. Each has `unavailable()`, `linear`, `linears`,
+`dense_ffn`, `sparse_ffn` and `attend`."""
 
 
 def select_executor(name: str = "auto") -> ModuleType:

@@ -1,0 +1,153 @@
+"""Native kernels for decoding on a CPU, as JAX functions: arrays in, arrays out.
+
+A matrix argument is an array (rows, columns) of float32, bfloat16 or float16, or low-bit rows `(values, scale)`: values
+(rows, columns) int8, or (rows, ceil(columns / 2)) uint8 with two 4-bit elements per byte (q + 8, the even one in the low
+nibble), and scale (rows,) float32. Matrices are (out, in); nothing copies them. Vectors are float32, one per row.
+Sums are accumulated in float32, and results are the same for any number of threads.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+try:
+    from cpu_kernels import _native
+except ImportError as error:
+    _native = None
+    _MISSING = str(error)
+
+_KINDS = ("reglu", "drelu", "fatrelu", "swiglu")
+_PREFIX = "jsparse_cpu_"
+
+Matrix = jax.Array | tuple[jax.Array, jax.Array]
+
+if _native is not None:
+    for _name, _handler in _native.handlers().items():
+        jax.ffi.register_ffi_target(f"{_PREFIX}{_name}", _handler, platform="cpu")
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run here, or None."""
+    if _native is None:
+        return f"the native extension was not built (it needs a C++ compiler when jsparse is installed): {_MISSING}"
+    if jax.default_backend() != "cpu":
+        return f"JAX computes on {jax.default_backend()} here; JAX_PLATFORMS=cpu chooses the CPU"
+    return None
+
+
+def instruction_set() -> str:
+    """Which of the compiled kernels this processor runs: avx512, avx2 or baseline."""
+    return _native.instruction_set()
+
+
+def num_threads() -> jax.Array:
+    """Threads of the pool the kernels share with XLA, () int32."""
+    return _call("threads", jax.ShapeDtypeStruct((1,), jnp.int32))()[0]
+
+
+def linear(x: jax.Array, *weights: Matrix) -> tuple[jax.Array, ...]:
+    """x (B, D) times the transpose of each matrix (out, D): one (B, out) per matrix, in one pass over the threads."""
+    outs = [jax.ShapeDtypeStruct((x.shape[0], _rows(weight)), jnp.float32) for weight in weights]
+    return tuple(_call("linear", outs)(_float32(x), *_flatten(weights)))
+
+
+def dense_ffn(
+    x: jax.Array, gate: Matrix, up: Matrix, down_t: Matrix, *, kind: str = "reglu", threshold: float = 0.0
+) -> jax.Array:
+    """down_t^T (phi(gate x) * psi(up x)), (B, D), for x (B, D) and matrices (F, D).
+
+    Args:
+      kind: reglu (phi relu, psi identity), drelu (both relu), fatrelu (phi keeps what is greater than `threshold`), or
+        swiglu (phi silu).
+    """
+    out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return _call("dense_ffn", out)(_float32(x), *_flatten((gate, up, down_t)), **_activation(kind, threshold))
+
+
+def sparse_ffn(
+    x: jax.Array,
+    gate: Matrix,
+    up: Matrix,
+    down_t: Matrix,
+    a: Matrix,
+    b: Matrix,
+    bias: jax.Array,
+    *,
+    kind: str = "reglu",
+    threshold: float = 0.0,
+    parallel: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The FFN over the neurons j with (b a x + bias)_j > 0, and no row of another neuron read.
+
+    With a low-bit b the scores are computed in integer arithmetic, a x rounded to 16 bits.
+
+    Args:
+      x: (B, D).
+      gate, up, down_t: (F, D).
+      a, b, bias: (R, D), (F, R), (F,); the predictor.
+      kind, threshold: as in `dense_ffn`; swiglu has no zeros and is refused.
+      parallel: compute gate and up of all predicted neurons; otherwise up of those that survive the gate alone.
+
+    Returns:
+      y (B, D), and counts (B, 2) int32: neurons predicted, and those of them with phi(gate) * psi(up) != 0.
+    """
+    outs = [jax.ShapeDtypeStruct(x.shape, jnp.float32), jax.ShapeDtypeStruct((x.shape[0], 2), jnp.int32)]
+    matrices = _flatten((gate, up, down_t, a, b))
+    options = _activation(kind, threshold) | {"parallel": np.bool_(parallel)}
+    return tuple(_call("sparse_ffn", outs)(_float32(x), *matrices, _float32(bias), **options))
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    position: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    window: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of one new token per sequence over its KV cache, which takes the token's key and value first.
+
+    Args:
+      q: (B, N, H) queries, rotated.
+      k, v: (B, K, H), key and value of the same token; N is a multiple of K.
+      position: (B,) int32.
+      keys, values: (B, S, K, H) float32, bfloat16 or float16; slot s holds the newest position p with p % S == s.
+      window: positions a token sees, itself included; None for all.
+
+    Returns:
+      the attended values (B, N, H), and the caches, updated in place where the caller does not use them again.
+    """
+    outs = [jax.ShapeDtypeStruct(q.shape, jnp.float32), *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in (keys, values))]
+    call = _call("attend", outs, input_output_aliases={4: 1, 5: 2})
+    q, k, v = map(_float32, (q, k, v))
+    return tuple(call(q, k, v, position.astype(jnp.int32), keys, values, window=np.int64(window or 2**62)))
+
+
+@jax.jit
+def read(data: jax.Array) -> jax.Array:
+    """Read every byte of the array with all threads; () uint32 that depends on them. A probe of memory bandwidth."""
+    return _call("read", jax.ShapeDtypeStruct((1,), jnp.uint32))(data)[0]
+
+
+def _call(name, outs, **options):
+    return jax.ffi.ffi_call(f"{_PREFIX}{name}", outs, **options)
+
+
+def _activation(kind: str, threshold: float) -> dict:
+    return {"kind": np.int64(_KINDS.index(kind)), "threshold": np.float32(threshold)}
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return jnp.asarray(x, jnp.float32)
+
+
+def _rows(matrix: Matrix) -> int:
+    return (matrix[0] if isinstance(matrix, tuple) else matrix).shape[0]
+
+
+def _flatten(matrices) -> list[jax.Array]:
+    """Values and scale of every matrix; the scale of a plain one is empty."""
+    empty = jnp.zeros((0,), jnp.float32)
+    return [part for m in matrices for part in (m if isinstance(m, tuple) else (m, empty))]

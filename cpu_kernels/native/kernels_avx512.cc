@@ -1,0 +1,8 @@
+#if defined(__x86_64__)
+#define ISA avx512
+#define TABLE kAvx512Kernels
+#define LANES 16
+#define TILE 6
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#include "kernels_body.h"
+#endif

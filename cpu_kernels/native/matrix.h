@@ -1,0 +1,46 @@
+// What the kernels compute on: a stored matrix, whatever its element type.
+#pragma once
+
+#include <cstdint>
+
+namespace jsparse {
+
+enum class Type : int { kF32, kBF16, kF16, kI8, kI4 };
+
+inline int64_t Bits(Type type) {
+  switch (type) {
+    case Type::kF32: return 32;
+    case Type::kBF16:
+    case Type::kF16: return 16;
+    case Type::kI8: return 8;
+    case Type::kI4: return 4;
+  }
+  return 0;
+}
+
+// Rows of `cols` elements. Element (i, j) is its stored value, times scale[i] where there are scales. kI4 packs two
+// elements a byte, q + 8 each, the even one in the low nibble; an odd row ends in half a byte.
+struct Matrix {
+  Type type = Type::kF32;
+  const void* data = nullptr;
+  const float* scale = nullptr;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t stride = 0;  // bytes from one row to the next
+  int64_t ahead = 0;   // bytes from a row to what is read after it; 0 where that is simply the next rows
+
+  const uint8_t* Row(int64_t i) const { return static_cast<const uint8_t*>(data) + i * stride; }
+};
+
+inline int64_t RowBytes(Type type, int64_t cols) { return (cols * Bits(type) + 7) / 8; }
+
+// Some rows of a matrix: those in `list`, or without a list the `count` rows from `first` on.
+struct Rows {
+  const int32_t* list = nullptr;
+  int64_t first = 0;
+  int64_t count = 0;
+
+  int64_t operator[](int64_t i) const { return list ? list[i] : first + i; }
+};
+
+}  // namespace jsparse

@@ -1,0 +1,83 @@
+"""The CPU executor: native kernels that read each weight once per step, at the speed of memory."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jsparse.attention import KVCache
+from jsparse.ffn import FFNSpec
+from jsparse.params import FFNWeights, Predictor
+from jsparse.quantization import Matrix, QuantizedRows
+from jsparse.typing import Array, Float, Int
+
+
+def unavailable() -> str | None:
+    """Why this executor cannot run here, or None."""
+    import cpu_kernels
+
+    return cpu_kernels.unavailable()
+
+
+def linear(x: Float[Array, "... D"], weight: Matrix) -> Float[Array, "... out"]:
+    """x W^T, W (out, D)."""
+    return linears(x, [weight])[0]
+
+
+def linears(x: Float[Array, "... D"], weights: Sequence[Matrix]) -> tuple[Float[Array, "... out"], ...]:
+    """x W^T for every W, in one pass."""
+    import cpu_kernels
+
+    outs = cpu_kernels.linear(_tokens(x), *map(_arrays, weights))
+    return tuple(out.reshape(*x.shape[:-1], out.shape[-1]) for out in outs)
+
+
+def dense_ffn(x: Float[Array, "... D"], ffn: FFNWeights, spec: FFNSpec) -> Float[Array, "... D"]:
+    """The FFN over all neurons (the formula is at `FFNSpec`)."""
+    import cpu_kernels
+
+    y = cpu_kernels.dense_ffn(_tokens(x), *_matrices(ffn), kind=spec.kind, threshold=spec.threshold)
+    return y.reshape(x.shape)
+
+
+def sparse_ffn(
+    x: Float[Array, "B D"], ffn: FFNWeights, predictor: Predictor, spec: FFNSpec
+) -> tuple[Float[Array, "B D"], Int[Array, "B 2"]]:
+    """The FFN restricted to the predicted neurons, reading the rows of no others; as `reference.sparse_ffn`."""
+    import cpu_kernels
+
+    return cpu_kernels.sparse_ffn(
+        x,
+        *_matrices(ffn),
+        _arrays(predictor.a),
+        _arrays(predictor.b),
+        predictor.bias,
+        kind=spec.kind,
+        threshold=spec.threshold,
+        parallel=spec.pipeline == "parallel",
+    )
+
+
+def attend(
+    q: Float[Array, "B N H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    position: Int[Array, "B"],
+    cache: KVCache,
+    window: int | None,
+) -> tuple[Float[Array, "B N H"], KVCache]:
+    """One token per sequence over its cache, which takes its key and value in place; as `attention.attend`."""
+    import cpu_kernels
+
+    out, keys, values = cpu_kernels.attend(q, k, v, position, *cache, window=window)
+    return out, (keys, values)
+
+
+def _tokens(x: Float[Array, "... D"]) -> Float[Array, "B D"]:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _arrays(matrix: Matrix) -> Any:
+    return (matrix.values, matrix.scale) if isinstance(matrix, QuantizedRows) else matrix
+
+
+def _matrices(ffn: FFNWeights) -> list[Any]:
+    return [_arrays(matrix) for matrix in (ffn.gate, ffn.up, ffn.down_t)]
