@@ -139,7 +139,7 @@ def _convert(name: str, tensor: StoredTensor, slot: Slot, dtype: str | None) -> 
     if dtype == "int8" and slot.role in ("linear", "transposed"):
         return _quantize(name, tensor, transposed)
     target = "float32" if slot.role == "vector" else stored if dtype in (None, "int8") else dtype
-    out = _aligned_empty(slot.shape[::-1] if transposed else slot.shape, jnp.dtype(target))
+    out = aligned_empty(slot.shape[::-1] if transposed else slot.shape, jnp.dtype(target))
     with np.errstate(over="ignore"):
         for rows in _blocks(tensor.shape):
             source = _finite(name, tensor, rows)
@@ -159,7 +159,7 @@ def _finite(name: str, tensor: StoredTensor, index: Index) -> np.ndarray:
 
 def _quantize(name: str, tensor: StoredTensor, transposed: bool) -> QuantizedRows:
     shape = tensor.shape[::-1] if transposed else tensor.shape
-    values, scale = _aligned_empty(shape, np.dtype(np.int8)), np.empty(shape[0], np.float32)
+    values, scale = aligned_empty(shape, np.dtype(np.int8)), np.empty(shape[0], np.float32)
     for rows in _blocks(shape):
         part = _finite(name, tensor, (slice(None), rows)).T if transposed else _finite(name, tensor, rows)
         block = _quantize_block(part.astype(np.float32))
@@ -176,7 +176,7 @@ def _blocks(shape: tuple[int, ...]) -> list[slice]:
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array that starts on a 64-byte boundary, which `jax.device_put` adopts on a CPU instead of copying it."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)

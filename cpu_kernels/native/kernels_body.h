@@ -48,14 +48,47 @@ INLINE void Store(void* p, const V& v) {
 INLINE vf Splat(float value) { return vf{} + value; }
 
 INLINE float Sum(const vf& v) {
-  float lane[kLanes];
-  Store(lane, v);
-  UNROLL
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    UNROLL
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  }
-  return lane[0];
+#if LANES == 16
+  return _mm512_reduce_add_ps((__m512)v);
+#elif LANES == 8
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+// sums[i] = Sum(v[i]), the four of them together.
+INLINE void Sum4(const vf (&v)[4], float* sums) {
+#if defined(__x86_64__)
+#if LANES == 16
+#define OF(operation) _mm512_##operation
+  typedef __m512 native;
+#elif LANES == 8
+#define OF(operation) _mm256_##operation
+  typedef __m256 native;
+#else
+#define OF(operation) _mm_##operation
+  typedef __m128 native;
+#endif
+  const native a = (native)v[0], b = (native)v[1], c = (native)v[2], d = (native)v[3];
+  const native ab = OF(add_ps)(OF(unpacklo_ps)(a, b), OF(unpackhi_ps)(a, b));
+  const native cd = OF(add_ps)(OF(unpacklo_ps)(c, d), OF(unpackhi_ps)(c, d));
+  const native quarters = OF(add_ps)(OF(shuffle_ps)(ab, cd, 0x44), OF(shuffle_ps)(ab, cd, 0xee));
+#undef OF
+#if LANES == 16
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+  const __m128 all = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+#elif LANES == 8
+  const __m128 all = _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1));
+#else
+  const __m128 all = quarters;
+#endif
+  _mm_storeu_ps(sums, all);
+#else
+  for (int i = 0; i < 4; ++i) sums[i] = Sum(v[i]);
+#endif
 }
 
 // ---- Element types. A register of packed elements has kParts parts of kLanes elements: lane l of part p is element
@@ -103,7 +136,12 @@ template <>
 struct Packed<Type::kI4> {
   static constexpr int kParts = 8;
   INLINE static vf Part(const vu& raw, int part) {
+#if LANES == 16
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return (vf)_mm512_permutexvar_ps((__m512i)(raw >> (4 * part)), values);
+#else
     return __builtin_convertvector((vi)((raw ^ 0x88888888u) << (28 - 4 * part)) >> 28, vf);
+#endif
   }
 };
 
@@ -160,157 +198,257 @@ struct Arrangement {
 
 // ---- Rows times vectors
 
+// The rows of one step, and what to fetch meanwhile: the bytes kAhead further on in the same rows, and at their end the
+// first of the rows that come next.
 template <int kRows>
-INLINE void Prefetch(const uint8_t* const* rows, int64_t offset) {
-  if (kBytes < kCacheLine && offset % kCacheLine) return;
-  UNROLL
-  for (int r = 0; r < kRows; ++r) __builtin_prefetch(rows[r] + offset, 0, 2);
-}
+struct Cursor {
+  const uint8_t* rows[kRows];
+  const uint8_t* next[kRows];
+  float scale[kRows];
+  bool has_next;
 
-template <Type type, int kRows, int kNumX>
-INLINE void TileStep(const vu (&raw)[kRows], const float* x, int64_t ldx, vf (&total)[kRows][kNumX]) {
-  UNROLL
-  for (int part = 0; part < Packed<type>::kParts; ++part) {
-    vf value[kNumX];
-    UNROLL
-    for (int m = 0; m < kNumX; ++m) value[m] = Load<vf>(x + m * ldx + part * kLanes);
-    UNROLL
+  INLINE Cursor(const Matrix& w, const Rows& list, int64_t i) {
+    has_next = i + 2 * kRows <= list.count;
     for (int r = 0; r < kRows; ++r) {
-      const vf weight = Packed<type>::Part(raw[r], part);
-      UNROLL
-      for (int m = 0; m < kNumX; ++m) total[r][m] += weight * value[m];
+      const int64_t row = list[i + r];
+      rows[r] = w.Row(row);
+      scale[r] = w.scale ? w.scale[row] : 1.0f;
+      next[r] = has_next ? w.Row(list[i + kRows + r]) : rows[r];
+    }
+    if (w.ahead) {
+      has_next = true;
+      for (int r = 0; r < kRows; ++r) next[r] = rows[r] + w.ahead;
     }
   }
-}
+};
 
-// sums[r][m] = row r . x_m. Where there is `next`, its cache lines are fetched on the way.
-template <Type type, int kRows, int kNumX>
-INLINE void Tile(const uint8_t* const* rows, const uint8_t* const* next, const float* x, int64_t ldx, int64_t n,
-                 float (&sums)[kRows][kNumX]) {
-  vf total[kRows][kNumX] = {};
+constexpr int64_t kAhead = 2048;
+
+// Hands every register of the rows to sum.Take, the last with zero bytes behind the row's end: nothing past it is read.
+template <int kRows, class Sum>
+INLINE void Walk(const Cursor<kRows>& at, int64_t row_bytes, Sum& sum) {
   vu raw[kRows];
-  const int64_t bytes = n / kGroup<type> * kBytes;
-  for (int64_t offset = 0; offset < bytes; offset += kBytes, x += kGroup<type>) {
-    if (next) Prefetch<kRows>(next, offset);
+  const int64_t bytes = row_bytes / kBytes * kBytes, turn = bytes > kAhead ? bytes - kAhead : 0;
+  int64_t offset = 0;
+  _Pragma("GCC unroll 2")
+  for (; offset < turn; offset += kBytes) {
+    if (kBytes == kCacheLine || offset % kCacheLine == 0) {
+      UNROLL
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(at.rows[r] + offset + kAhead, 0, 3);
+    }
     UNROLL
-    for (int r = 0; r < kRows; ++r) raw[r] = Load<vu>(rows[r] + offset);
-    TileStep<type, kRows, kNumX>(raw, x, ldx, total);
+    for (int r = 0; r < kRows; ++r) raw[r] = Load<vu>(at.rows[r] + offset);
+    sum.Take(raw);
   }
-  if (n % kGroup<type>) {
+  _Pragma("GCC unroll 2")
+  for (; offset < bytes; offset += kBytes) {
+    if (at.has_next && (kBytes == kCacheLine || offset % kCacheLine == 0)) {
+      UNROLL
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(at.next[r] + offset - turn, 0, 3);
+    }
     UNROLL
-    for (int r = 0; r < kRows; ++r) raw[r] = LoadTail(rows[r], bytes, RowBytes(type, n));
-    TileStep<type, kRows, kNumX>(raw, x, ldx, total);
+    for (int r = 0; r < kRows; ++r) raw[r] = Load<vu>(at.rows[r] + offset);
+    sum.Take(raw);
   }
-  UNROLL
-  for (int r = 0; r < kRows; ++r) {
+  if (offset < row_bytes) {
+    alignas(kBytes) uint8_t tail[kRows][kBytes] = {};
     UNROLL
-    for (int m = 0; m < kNumX; ++m) sums[r][m] = Sum(total[r][m]);
+    for (int r = 0; r < kRows; ++r) {
+      memcpy(tail[r], at.rows[r] + offset, row_bytes - offset);
+      raw[r] = Load<vu>(tail[r]);
+    }
+    sum.Take(raw);
   }
 }
 
+// Products of kRows rows with kNumX vectors.
 template <Type type, int kRows, int kNumX>
-KERNEL void TileInto(const uint8_t* const* rows, const uint8_t* const* next, const float* x, int64_t ldx, int64_t n,
-                     const float* scale, float* out, int64_t ldo, bool add) {
-  float sums[kRows][kNumX];
-  Tile<type, kRows, kNumX>(rows, next, x, ldx, n, sums);
+struct DotSum {
+  static constexpr int kParts = Packed<type>::kParts;
+  // Separate sums where there would be few, so that no addition waits for the one before.
+  static constexpr int kMost = kRows * kNumX > 4 ? 1 : kRows * kNumX > 1 ? 2 : 4;
+  static constexpr int kSets = kParts < kMost ? kParts : kMost;
+
+  const float* x;
+  int64_t ldx;
+  vf total[kSets][kRows][kNumX] = {};
+
+  INLINE DotSum(const float* x, int64_t ldx) : x(x), ldx(ldx) {}
+
+  INLINE void Take(const vu (&raw)[kRows]) {
+    UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      vf value[kNumX];
+      UNROLL
+      for (int m = 0; m < kNumX; ++m) value[m] = Load<vf>(x + m * ldx + part * kLanes);
+      UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const vf weight = Packed<type>::Part(raw[r], part);
+        UNROLL
+        for (int m = 0; m < kNumX; ++m) total[part % kSets][r][m] += weight * value[m];
+      }
+    }
+    x += kGroup<type>;
+  }
+
+  // sums[r] = the product of row r with vector m.
+  INLINE void Finish(int m, float (&sums)[kRows]) const {
+    vf sum[kRows];
+    UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      sum[r] = total[0][r][m];
+      UNROLL
+      for (int s = 1; s < kSets; ++s) sum[r] += total[s][r][m];
+    }
+    if constexpr (kRows == 4) {
+      Sum4(sum, sums);
+    } else {
+      UNROLL
+      for (int r = 0; r < kRows; ++r) sums[r] = Sum(sum[r]);
+    }
+  }
+};
+
+template <Type type, int kRows, int kNumX>
+KERNEL void TileInto(const Cursor<kRows>& at, const float* x, int64_t ldx, int64_t n, float* out, int64_t ldo,
+                     bool add) {
+  DotSum<type, kRows, kNumX> sum(x, ldx);
+  Walk(at, RowBytes(type, n), sum);
+  UNROLL
   for (int m = 0; m < kNumX; ++m) {
     float* to = out + m * ldo;
-    for (int r = 0; r < kRows; ++r) to[r] = sums[r][m] * scale[r] + (add ? to[r] : 0.0f);
+    float sums[kRows];
+    sum.Finish(m, sums);
+    UNROLL
+    for (int r = 0; r < kRows; ++r) to[r] = sums[r] * at.scale[r] + (add ? to[r] : 0.0f);
   }
 }
 
 // kRows rows times every vector, TILE at a time.
 template <Type type, int kRows>
-KERNEL void TileAll(const uint8_t* const* rows, const uint8_t* const* next, const float* x, int64_t ldx, int64_t num_x,
-                    int64_t n, const float* scale, float* out, int64_t ldo, bool add) {
+KERNEL void TileAll(const Cursor<kRows>& at, const float* x, int64_t ldx, int64_t num_x, int64_t n, float* out,
+                    int64_t ldo, bool add) {
   int64_t m = 0;
   for (; m + TILE <= num_x; m += TILE) {
-    TileInto<type, kRows, TILE>(rows, next, x + m * ldx, ldx, n, scale, out + m * ldo, ldo, add);
-    next = nullptr;
+    TileInto<type, kRows, TILE>(at, x + m * ldx, ldx, n, out + m * ldo, ldo, add);
   }
   const float* rest = x + m * ldx;
   float* to = out + m * ldo;
   switch (num_x - m) {
-    case 1: return TileInto<type, kRows, 1>(rows, next, rest, ldx, n, scale, to, ldo, add);
-    case 2: return TileInto<type, kRows, 2>(rows, next, rest, ldx, n, scale, to, ldo, add);
+    case 1: return TileInto<type, kRows, 1>(at, rest, ldx, n, to, ldo, add);
+    case 2: return TileInto<type, kRows, 2>(at, rest, ldx, n, to, ldo, add);
 #if TILE > 3
-    case 3: return TileInto<type, kRows, 3>(rows, next, rest, ldx, n, scale, to, ldo, add);
-    case 4: return TileInto<type, kRows, 4>(rows, next, rest, ldx, n, scale, to, ldo, add);
-    case 5: return TileInto<type, kRows, 5>(rows, next, rest, ldx, n, scale, to, ldo, add);
+    case 3: return TileInto<type, kRows, 3>(at, rest, ldx, n, to, ldo, add);
+    case 4: return TileInto<type, kRows, 4>(at, rest, ldx, n, to, ldo, add);
+    case 5: return TileInto<type, kRows, 5>(at, rest, ldx, n, to, ldo, add);
 #endif
   }
 }
 
-// Calls body(kRowsAtOnce rows at i, the four after them or null) and then body for each row left.
-struct Cursor {
-  const uint8_t* rows[kRowsAtOnce];
-  const uint8_t* following[kRowsAtOnce];
-  float scale[kRowsAtOnce];
-  const uint8_t* const* next;
+template <Type type>
+KERNEL void Dots(const Matrix& w, Rows list, const float* x, int64_t ldx, int64_t num_x, float* out, int64_t ldo) {
+  int64_t i = 0;
+  // One row after another is one sequential stream, which memory likes best; scattered rows want several under way.
+  const bool stream = !list.list && !w.ahead && num_x == 1;
+  for (; !stream && i + kRowsAtOnce <= list.count; i += kRowsAtOnce) {
+    TileAll<type, kRowsAtOnce>(Cursor<kRowsAtOnce>(w, list, i), x, ldx, num_x, w.cols, out + i, ldo, false);
+  }
+  for (; i < list.count; ++i) TileAll<type, 1>(Cursor<1>(w, list, i), x, ldx, num_x, w.cols, out + i, ldo, false);
+}
 
-  INLINE Cursor(const Matrix& w, const Rows& list, int64_t i, int count) {
-    const bool more = i + 2 * kRowsAtOnce <= list.count;
-    next = count == kRowsAtOnce && (more || w.ahead) ? following : nullptr;
-    for (int r = 0; r < count; ++r) {
-      const int64_t row = list[i + r];
-      rows[r] = w.Row(row);
-      scale[r] = w.scale ? w.scale[row] : 1.0f;
-      if (next) following[r] = w.ahead ? rows[r] + w.ahead : w.Row(list[i + kRowsAtOnce + r]);
+// Adds kRows rows, each times its coefficient, to a vector in the rows' arrangement.
+template <Type type, int kRows>
+struct AddTo {
+  float* sum;
+  vf coefficient[kRows];
+
+  INLINE void Take(const vu (&raw)[kRows]) {
+    UNROLL
+    for (int part = 0; part < Packed<type>::kParts; ++part, sum += kLanes) {
+      vf total = Load<vf>(sum);
+      UNROLL
+      for (int r = 0; r < kRows; ++r) total += coefficient[r] * Packed<type>::Part(raw[r], part);
+      Store(sum, total);
     }
   }
 };
 
-template <Type type>
-KERNEL void Dots(const Matrix& w, Rows list, const float* x, int64_t ldx, int64_t num_x, float* out, int64_t ldo) {
-  int64_t i = 0;
-  for (; i + kRowsAtOnce <= list.count; i += kRowsAtOnce) {
-    const Cursor at(w, list, i, kRowsAtOnce);
-    TileAll<type, kRowsAtOnce>(at.rows, at.next, x, ldx, num_x, w.cols, at.scale, out + i, ldo, false);
-  }
-  for (; i < list.count; ++i) {
-    const Cursor at(w, list, i, 1);
-    TileAll<type, 1>(at.rows, nullptr, x, ldx, num_x, w.cols, at.scale, out + i, ldo, false);
-  }
-}
-
 template <Type type, int kRows>
-INLINE void AddStep(const vu (&raw)[kRows], const vf (&coefficient)[kRows], float* sum) {
+INLINE void AddRows(const Matrix& w, const Rows& list, int64_t i, const float* coefficients, float* sum) {
+  const Cursor<kRows> at(w, list, i);
+  AddTo<type, kRows> to;
+  to.sum = sum;
   UNROLL
-  for (int part = 0; part < Packed<type>::kParts; ++part) {
-    vf total = Load<vf>(sum + part * kLanes);
-    UNROLL
-    for (int r = 0; r < kRows; ++r) total += coefficient[r] * Packed<type>::Part(raw[r], part);
-    Store(sum + part * kLanes, total);
-  }
-}
-
-template <Type type, int kRows>
-INLINE void Add(const Cursor& at, const float* coefficients, int64_t n, float* sum) {
-  vf coefficient[kRows];
-  vu raw[kRows];
-  UNROLL
-  for (int r = 0; r < kRows; ++r) coefficient[r] = Splat(coefficients[r] * at.scale[r]);
-  const int64_t bytes = n / kGroup<type> * kBytes;
-  for (int64_t offset = 0; offset < bytes; offset += kBytes, sum += kGroup<type>) {
-    if (at.next) Prefetch<kRows>(at.next, offset);
-    UNROLL
-    for (int r = 0; r < kRows; ++r) raw[r] = Load<vu>(at.rows[r] + offset);
-    AddStep<type, kRows>(raw, coefficient, sum);
-  }
-  if (n % kGroup<type>) {
-    UNROLL
-    for (int r = 0; r < kRows; ++r) raw[r] = LoadTail(at.rows[r], bytes, RowBytes(type, n));
-    AddStep<type, kRows>(raw, coefficient, sum);
-  }
+  for (int r = 0; r < kRows; ++r) to.coefficient[r] = Splat(coefficients[i + r] * at.scale[r]);
+  Walk(at, RowBytes(type, w.cols), to);
 }
 
 template <Type type>
 KERNEL void Accumulate(const Matrix& w, Rows list, const float* coefficients, float* sum) {
   int64_t i = 0;
-  for (; i + kRowsAtOnce <= list.count; i += kRowsAtOnce) {
-    Add<type, kRowsAtOnce>(Cursor(w, list, i, kRowsAtOnce), coefficients + i, w.cols, sum);
+  for (; i + kRowsAtOnce <= list.count; i += kRowsAtOnce) AddRows<type, kRowsAtOnce>(w, list, i, coefficients, sum);
+  for (; i < list.count; ++i) AddRows<type, 1>(w, list, i, coefficients, sum);
+}
+
+// sums[x] += sum over rows of p[x][row] * row, for kNumX vectors of coefficients and kRegisters registers of the rows.
+template <Type type, int kNumX, int kRegisters>
+INLINE void WeightedTile(const uint8_t* row, int64_t rows, int64_t stride, int64_t ahead, const float* p, int64_t ldp,
+                         float* sums, int64_t lds) {
+  constexpr int kParts = Packed<type>::kParts;
+  vf total[kNumX][kRegisters * kParts];
+  UNROLL
+  for (int m = 0; m < kNumX; ++m) {
+    UNROLL
+    for (int v = 0; v < kRegisters * kParts; ++v) total[m][v] = Load<vf>(sums + m * lds + v * kLanes);
   }
-  for (; i < list.count; ++i) Add<type, 1>(Cursor(w, list, i, 1), coefficients + i, w.cols, sum);
+  for (int64_t i = 0; i < rows; ++i, row += stride) {
+    vf weight[kNumX];
+    UNROLL
+    for (int m = 0; m < kNumX; ++m) weight[m] = Splat(p[m * ldp + i]);
+    UNROLL
+    for (int g = 0; g < kRegisters; ++g) {
+      if (ahead && (kBytes == kCacheLine || g * kBytes % kCacheLine == 0)) {
+        __builtin_prefetch(row + ahead + g * kBytes, 0, 3);
+      }
+      const vu raw = Load<vu>(row + g * kBytes);
+      UNROLL
+      for (int part = 0; part < kParts; ++part) {
+        const vf value = Packed<type>::Part(raw, part);
+        UNROLL
+        for (int m = 0; m < kNumX; ++m) total[m][g * kParts + part] += weight[m] * value;
+      }
+    }
+  }
+  UNROLL
+  for (int m = 0; m < kNumX; ++m) {
+    UNROLL
+    for (int v = 0; v < kRegisters * kParts; ++v) Store(sums + m * lds + v * kLanes, total[m][v]);
+  }
+}
+
+template <Type type>
+KERNEL void Weighted(const Matrix& w, Rows list, const float* p, int64_t ldp, int64_t num_x, float* sums,
+                     int64_t lds) {
+  constexpr int kRegisters = 4;
+  constexpr int kNumX = TILE == 6 ? 2 : 1;  // times the parts of four registers
+  const int64_t block = kRegisters * kBytes, row_bytes = RowBytes(type, w.cols);
+  if (row_bytes % block) {
+    for (int64_t m = 0; m < num_x; ++m) Accumulate<type>(w, list, p + m * ldp, sums + m * lds);
+    return;
+  }
+  for (int64_t at = 0; at < row_bytes; at += block) {
+    const uint8_t* row = w.Row(list.first) + at;
+    float* to = sums + at / kBytes * kGroup<type>;
+    int64_t m = 0;
+    for (; m + kNumX <= num_x; m += kNumX) {
+      WeightedTile<type, kNumX, kRegisters>(row, list.count, w.stride, m ? 0 : w.ahead, p + m * ldp, ldp,
+                                            to + m * lds, lds);
+    }
+    for (; m < num_x; ++m) {
+      WeightedTile<type, 1, kRegisters>(row, list.count, w.stride, m ? 0 : w.ahead, p + m * ldp, ldp, to + m * lds,
+                                        lds);
+    }
+  }
 }
 
 // ---- Scores in integer arithmetic, on lanes of 16 bits
@@ -350,43 +488,41 @@ template <Type type>
 constexpr int64_t kIntegerGroup = kShorts * Integers<type>::kParts;
 
 template <Type type, int kRows>
-INLINE void ScoreStep(const vuh (&raw)[kRows], const int16_t* features, vi (&total)[kRows]) {
-  UNROLL
-  for (int part = 0; part < Integers<type>::kParts; ++part) {
-    const vh value = Load<vh>(features + part * kShorts);
-    UNROLL
-    for (int r = 0; r < kRows; ++r) total[r] += MultiplyAdd(Integers<type>::Part(raw[r], part), value);
-  }
-}
-
-template <Type type, int kRows>
-INLINE void ScoreRows(const Cursor& at, const int16_t* features, int64_t n, float step, float* out) {
+struct ScoreSum {
+  const int16_t* features;
   vf sum[kRows] = {};
   vi total[kRows] = {};
-  vuh raw[kRows];
-  const int64_t bytes = n / kIntegerGroup<type> * kBytes;
-  for (int64_t offset = 0; offset < bytes; offset += kBytes, features += kIntegerGroup<type>) {
-    if (at.next) Prefetch<kRows>(at.next, offset);
+  int registers = 0;
+
+  INLINE explicit ScoreSum(const int16_t* features) : features(features) {}
+
+  INLINE void Take(const vu (&raw)[kRows]) {
     UNROLL
-    for (int r = 0; r < kRows; ++r) raw[r] = Load<vuh>(at.rows[r] + offset);
-    ScoreStep<type, kRows>(raw, features, total);
-    if (offset / kBytes % kFlush == kFlush - 1) {
+    for (int part = 0; part < Integers<type>::kParts; ++part, features += kShorts) {
+      const vh value = Load<vh>(features);
       UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        sum[r] += __builtin_convertvector(total[r], vf);
-        total[r] = vi{};
-      }
+      for (int r = 0; r < kRows; ++r) total[r] += MultiplyAdd(Integers<type>::Part((vuh)raw[r], part), value);
+    }
+    if (++registers % kFlush == 0) Flush();
+  }
+
+  INLINE void Flush() {
+    UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      sum[r] += __builtin_convertvector(total[r], vf);
+      total[r] = vi{};
     }
   }
-  if (n % kIntegerGroup<type>) {
-    UNROLL
-    for (int r = 0; r < kRows; ++r) raw[r] = (vuh)LoadTail(at.rows[r], bytes, RowBytes(type, n));
-    ScoreStep<type, kRows>(raw, features, total);
-  }
+};
+
+template <Type type, int kRows>
+INLINE void ScoreRows(const Matrix& w, const Rows& list, int64_t i, const int16_t* features, float step, float* out) {
+  const Cursor<kRows> at(w, list, i);
+  ScoreSum<type, kRows> scores(features);
+  Walk(at, RowBytes(type, w.cols), scores);
+  scores.Flush();
   UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    out[r] = Sum(sum[r] + __builtin_convertvector(total[r], vf)) * (step * at.scale[r]);
-  }
+  for (int r = 0; r < kRows; ++r) out[i + r] = Sum(scores.sum[r]) * (step * at.scale[r]);
 }
 
 template <Type type>
@@ -420,9 +556,9 @@ struct LowBit {
   KERNEL static void Scores(const Matrix& w, Rows list, const int16_t* features, float step, float* out) {
     int64_t i = 0;
     for (; i + kRowsAtOnce <= list.count; i += kRowsAtOnce) {
-      ScoreRows<type, kRowsAtOnce>(Cursor(w, list, i, kRowsAtOnce), features, w.cols, step, out + i);
+      ScoreRows<type, kRowsAtOnce>(w, list, i, features, step, out);
     }
-    for (; i < list.count; ++i) ScoreRows<type, 1>(Cursor(w, list, i, 1), features, w.cols, step, out + i);
+    for (; i < list.count; ++i) ScoreRows<type, 1>(w, list, i, features, step, out);
   }
 };
 
@@ -432,7 +568,6 @@ constexpr int64_t kPanelDepth = 1024;  // elements of a row
 constexpr int64_t kColumnVectors = 8;
 constexpr int64_t kColumns = kColumnVectors * kLanes;
 constexpr int64_t kColumnDepth = 256;  // rows
-constexpr float kOnes[kRowsAtOnce] = {1, 1, 1, 1};
 
 // Groups [begin, end) of a row as float32, scaled, in the arrangement of its type.
 template <Type type>
@@ -458,20 +593,19 @@ KERNEL void MultiplyRows(const Matrix& w, Rows list, const float* x, int64_t ldx
     const int64_t end = begin + depth < groups ? begin + depth : groups;
     const int64_t n = (end - begin) * kGroup<type>;
     for (int64_t i = 0; i < list.count; ++i) Widen<type>(w, list[i], begin, end, panel + i * n);
+    const Matrix widened{Type::kF32, panel, nullptr, list.count, n, n * int64_t{sizeof(float)}, 0};
+    const Rows all{nullptr, 0, list.count};
+    const bool add = begin > 0;
     for (int64_t m = 0; m < num_x; m += TILE) {
       const int64_t some = num_x - m < TILE ? num_x - m : TILE;
       const float* from = x + m * ldx + begin * kGroup<type>;
       float* to = out + m * ldo;
       int64_t i = 0;
-      for (; i < list.count; i += kRowsAtOnce) {
-        const uint8_t* rows[kRowsAtOnce];
-        for (int r = 0; r < kRowsAtOnce; ++r) rows[r] = reinterpret_cast<const uint8_t*>(panel + (i + r) * n);
-        if (i + kRowsAtOnce > list.count) break;
-        TileAll<Type::kF32, kRowsAtOnce>(rows, nullptr, from, ldx, some, n, kOnes, to + i, ldo, begin > 0);
+      for (; i + kRowsAtOnce <= list.count; i += kRowsAtOnce) {
+        TileAll<Type::kF32, kRowsAtOnce>(Cursor<kRowsAtOnce>(widened, all, i), from, ldx, some, n, to + i, ldo, add);
       }
       for (; i < list.count; ++i) {
-        const uint8_t* row = reinterpret_cast<const uint8_t*>(panel + i * n);
-        TileAll<Type::kF32, 1>(&row, nullptr, from, ldx, some, n, kOnes, to + i, ldo, begin > 0);
+        TileAll<Type::kF32, 1>(Cursor<1>(widened, all, i), from, ldx, some, n, to + i, ldo, add);
       }
     }
   }
@@ -647,6 +781,13 @@ void AccumulateOf(const Matrix& w, Rows rows, const float* coefficients, float* 
 #undef CALL
 }
 
+void WeightedOf(const Matrix& w, Rows rows, const float* p, int64_t ldp, int64_t num_x, float* sums, int64_t lds) {
+  const Type type = w.type;
+#define CALL(t) Weighted<t>(w, rows, p, ldp, num_x, sums, lds)
+  DISPATCH(CALL)
+#undef CALL
+}
+
 void MultiplyRowsOf(const Matrix& w, Rows rows, const float* x, int64_t ldx, int64_t num_x, float* panel, float* out,
                     int64_t ldo) {
   const Type type = w.type;
@@ -697,6 +838,7 @@ const Kernels TABLE = {
     ISA::CombineFor,
     ISA::DotsOf,
     ISA::AccumulateOf,
+    ISA::WeightedOf,
     ISA::FeaturesSizeOf,
     ISA::QuantizeFor,
     ISA::ScoresOf,

@@ -14,7 +14,8 @@ constexpr int64_t kSlots = 16;
 constexpr int64_t kChunkRows = 64;    // rows of a matrix a thread takes at a time
 constexpr int64_t kFew = 8;           // vectors that a pass over the rows takes without widening them first
 constexpr int64_t kDownRows = 32;     // rows that stay in cache while several vectors take them
-constexpr int64_t kSplit = 128;       // slots of a KV cache a thread takes at a time
+constexpr int64_t kSplit = 64;        // slots of a KV cache a thread takes at a time
+constexpr int64_t kAttendBytes = 1 << 14;  // of a KV cache that are read before the next head's
 constexpr int64_t kReduceColumns = 1024;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -380,6 +381,7 @@ void Attend(const Context& context, const Attention& shape, const float* q, cons
   const int64_t head = shape.head_dim, group = shape.num_heads / shape.num_kv_heads;
   const int64_t head_bytes = RowBytes(type, head), slot_bytes = shape.num_kv_heads * head_bytes;
   const int64_t size = kernels.arranged_size(type, head), splits = CeilDiv(shape.slots, kSplit);
+  const int64_t block = std::clamp<int64_t>(kAttendBytes / slot_bytes / 4 * 4, 4, kSplit);
   Arena& arena = Arena::OfCall();
   arena.Begin();
   float* queries = arena.Take<float>(shape.batch * shape.num_heads * size);
@@ -409,27 +411,34 @@ void Attend(const Context& context, const Attention& shape, const float* q, cons
     }
     Arena& own = Arena::OfChunk();
     own.Begin();
-    float* scores = own.Take<float>(group * count);
-    for (int64_t kv = 0; kv < shape.num_kv_heads; ++kv) {
-      const int64_t at = b * shape.slots * slot_bytes + kv * head_bytes;
-      const int64_t ahead = kv + 1 < shape.num_kv_heads ? head_bytes : 0;
-      const auto side = [&](const void* cache) {
-        return Matrix{type, static_cast<const uint8_t*>(cache) + at, nullptr, shape.slots, head, slot_bytes, ahead};
-      };
-      const Rows rows{nullptr, first, count};
-      kernels.dots(side(keys), rows, queries + (b * shape.num_heads + kv * group) * size, size, group, scores, count);
-      for (int64_t g = 0; g < group; ++g) {
-        float* p = scores + g * count;
-        for (int64_t i = 0; i < count && shape.window < shape.slots; ++i) {
-          const int64_t age = ((position[b] - first - i) % shape.slots + shape.slots) % shape.slots;
-          if (age >= shape.window) p[i] = -INFINITY;
+    float* scores = own.Take<float>(shape.num_heads * count);
+    // A few slots of all heads at a time: the cache is read front to back.
+    const auto for_blocks = [&](const void* cache, auto body) {
+      for (int64_t i = 0; i < count; i += block) {
+        const Rows rows{nullptr, first + i, std::min(block, count - i)};
+        const int64_t ahead = i + block < count ? block * slot_bytes : 0;
+        for (int64_t kv = 0; kv < shape.num_kv_heads; ++kv) {
+          const uint8_t* data = static_cast<const uint8_t*>(cache) + b * shape.slots * slot_bytes + kv * head_bytes;
+          body(Matrix{type, data, nullptr, shape.slots, head, slot_bytes, ahead}, rows, i, kv * group);
         }
-        float* result = partial + (kv * group + g) * partial_size;
-        result[1] = kernels.exponentiate(p, count, result);
-        std::memset(result + 2, 0, size * sizeof(float));
-        kernels.accumulate(side(values), rows, p, result + 2);
       }
+    };
+    for_blocks(keys, [&](const Matrix& side, Rows rows, int64_t i, int64_t h) {
+      kernels.dots(side, rows, queries + (b * shape.num_heads + h) * size, size, group, scores + h * count + i, count);
+    });
+    for (int64_t h = 0; h < shape.num_heads; ++h) {
+      float* p = scores + h * count;
+      for (int64_t i = 0; i < count && shape.window < shape.slots; ++i) {
+        const int64_t age = ((position[b] - first - i) % shape.slots + shape.slots) % shape.slots;
+        if (age >= shape.window) p[i] = -INFINITY;
+      }
+      float* result = partial + h * partial_size;
+      result[1] = kernels.exponentiate(p, count, result);
+      std::memset(result + 2, 0, size * sizeof(float));
     }
+    for_blocks(values, [&](const Matrix& side, Rows rows, int64_t i, int64_t h) {
+      kernels.weighted(side, rows, scores + h * count + i, count, group, partial + h * partial_size + 2, partial_size);
+    });
   });
   phases.Add(shape.batch * shape.num_heads, [&](int64_t chunk) {
     const int64_t b = chunk / shape.num_heads, h = chunk % shape.num_heads;

@@ -1,0 +1,157 @@
+"""llama.cpp and transformers on random weights of a given shape, for `benchmarks.decode`."""
+
+import ctypes
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+import jsparse
+from benchmarks.report import seconds
+
+
+def engines(
+    config: jsparse.ModelConfig, dtypes: list[str], context: int, tokens: int
+) -> Iterator[tuple[str, str, Callable[[], float]]]:
+    """(name, dtype, run): `run` decodes that many tokens around that context and returns the seconds."""
+    for dtype in dtypes:
+        name = {"bfloat16": "bf16", "int8": "q8_0"}[dtype]
+        yield "llama.cpp", name, LlamaCpp(config, name, context, tokens).run
+    if "bfloat16" in dtypes:
+        yield "transformers", "bfloat16", Transformers(config, context, tokens).run
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python, on a file of random weights."""
+
+    def __init__(self, config: jsparse.ModelConfig, dtype: str, context: int, tokens: int):
+        import llama_cpp
+
+        self._lib, self._tokens, self._begin = llama_cpp, tokens, context - tokens // 2
+        llama_cpp.llama_backend_init()
+        self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "random.gguf"
+            write_gguf(path, config, dtype)
+            options = llama_cpp.llama_model_default_params()
+            options.use_mmap = False
+            self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
+        if not self._model:
+            raise SystemExit("llama.cpp cannot load the file that was written for it")
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = context + tokens + 64
+        threads = len(os.sched_getaffinity(0))
+        options.n_threads = options.n_threads_batch = threads
+        self._context = llama_cpp.llama_init_from_model(self._model, options)
+        for begin in range(0, self._begin, 512):
+            self._decode([1] * min(512, self._begin - begin))
+
+    def _decode(self, ids: list[int]) -> None:
+        array = (self._lib.llama_token * len(ids))(*ids)
+        if self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(array, len(ids))):
+            raise SystemExit("llama.cpp failed to decode")
+
+    def run(self) -> float:
+        memory = self._lib.llama_get_memory(self._context)
+        self._lib.llama_memory_seq_rm(memory, 0, self._begin, -1)
+
+        def steps():
+            for i in range(self._tokens):
+                self._decode([1 + i])
+                self._lib.llama_get_logits(self._context)
+
+        return seconds(steps)
+
+
+def write_gguf(path: Path, config: jsparse.ModelConfig, dtype: str) -> None:
+    """A GGUF file of the llama architecture with random weights and no tokenizer."""
+    import gguf
+
+    kind = {"bf16": gguf.GGMLQuantizationType.BF16, "q8_0": gguf.GGMLQuantizationType.Q8_0}[dtype]
+    file_type = {"bf16": gguf.LlamaFileType.MOSTLY_BF16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}[dtype]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_file_type(file_type)
+    rng, made = np.random.default_rng(0), {}
+
+    def add(name: str, *shape: int) -> None:
+        if shape not in made:
+            made[shape] = gguf.quants.quantize(rng.standard_normal(shape, np.float32) * shape[1] ** -0.5, kind)
+        writer.add_tensor(name, made[shape], raw_dtype=kind)
+
+    width, ones = config.hidden_size, np.ones(config.hidden_size, np.float32)
+    attention, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    add("token_embd.weight", config.vocab_size, width)
+    add("output.weight", config.vocab_size, width)
+    writer.add_tensor("output_norm.weight", ones)
+    for layer in range(config.num_layers):
+        prefix = f"blk.{layer}."
+        writer.add_tensor(f"{prefix}attn_norm.weight", ones)
+        writer.add_tensor(f"{prefix}ffn_norm.weight", ones)
+        add(f"{prefix}attn_q.weight", attention, width)
+        add(f"{prefix}attn_k.weight", kv, width)
+        add(f"{prefix}attn_v.weight", kv, width)
+        add(f"{prefix}attn_output.weight", width, attention)
+        add(f"{prefix}ffn_gate.weight", config.intermediate_size, width)
+        add(f"{prefix}ffn_up.weight", config.intermediate_size, width)
+        add(f"{prefix}ffn_down.weight", width, config.intermediate_size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class Transformers:
+    """transformers in PyTorch, bfloat16, with its dynamic cache."""
+
+    def __init__(self, config: jsparse.ModelConfig, context: int, tokens: int):
+        import torch
+        import transformers
+
+        self._torch, self._tokens, self._begin = torch, tokens, context - tokens // 2
+        shape = transformers.LlamaConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            hidden_act="relu",
+            max_position_embeddings=config.context_length,
+            dtype=torch.bfloat16,
+        )
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(shape)
+        self._model = model.to_empty(device="cpu").to(torch.bfloat16).eval()
+        for parameter in self._model.parameters():
+            parameter.data.fill_(0.01)
+        model.model.rotary_emb.__init__(shape)  # its frequencies are no parameters
+        self._cache = transformers.DynamicCache()
+        self._feed([1] * self._begin)
+
+    def _feed(self, ids: list[int]) -> None:
+        with self._torch.inference_mode():
+            ids = self._torch.tensor([ids])
+            self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+
+    def run(self) -> float:
+        self._cache.crop(self._begin)
+
+        def steps():
+            for i in range(self._tokens):
+                self._feed([1 + i])
+
+        return seconds(steps)
