@@ -35,11 +35,14 @@ struct Kernels {
   float (*quantize)(Type type, const float* x, int64_t n, int16_t* features);
   void (*scores)(const Matrix& w, Rows rows, const int16_t* features, float step, float* out);
 
-  // For many vectors at once, through `panel`, a scratch of panel_size floats.
-  // out[m * ldo + i] = row first + i of w . x_m.
-  void (*multiply_rows)(const Matrix& w, Rows rows, const float* x, int64_t ldx, int64_t num_x, float* panel,
-                        float* out, int64_t ldo);
-  // out[m * ldo + c] = sum over j of h[m * ldh + j] * w[j][c] for the columns of one block of column_block.
+  // For many vectors at once, at most kPanelVectors: these stand side by side, `padded` of them in a line, which
+  // `transpose` makes of elements [begin, end) of arranged ones. `panel` is a scratch of panel_size floats.
+  int64_t (*padded)(int64_t num_x);
+  void (*transpose)(const float* arranged, int64_t lda, int64_t num_x, int64_t begin, int64_t end, float* x);
+  // out[m * ldo + i] = row rows[i] of w . x_m, for at most kPanelRows rows.
+  void (*multiply_rows)(const Matrix& w, Rows rows, const float* x, int64_t num_x, float* panel, float* out,
+                        int64_t ldo);
+  // out[m * ldo + c] = sum over j of h[m * ldh + j] * w[j][column + c], for the column_block columns from `column` on.
   void (*multiply_columns)(const Matrix& w, int64_t column, const float* h, int64_t ldh, int64_t num_x, float* panel,
                            float* out, int64_t ldo);
   int64_t panel_size;
@@ -51,8 +54,7 @@ struct Kernels {
   uint64_t (*read)(const void* data, int64_t bytes);
 };
 
-// Most rows `multiply_rows` takes at once, and most vectors either multiply takes.
-constexpr int64_t kPanelRows = 64;
+constexpr int64_t kPanelRows = 48;
 constexpr int64_t kPanelVectors = 512;
 
 // The best table for the processor this runs on.

@@ -148,13 +148,6 @@ struct Packed<Type::kI4> {
 template <Type type>
 constexpr int64_t kGroup = kLanes * Packed<type>::kParts;
 
-// The last, incomplete register of a row, with zero bytes behind it: nothing past the row is read.
-INLINE vu LoadTail(const uint8_t* row, int64_t begin, int64_t end) {
-  alignas(kBytes) uint8_t bytes[kBytes] = {};
-  memcpy(bytes, row + begin, end - begin);
-  return Load<vu>(bytes);
-}
-
 template <Type type>
 struct Arrangement {
   static constexpr int kParts = Packed<type>::kParts;
@@ -310,8 +303,7 @@ struct DotSum {
 };
 
 template <Type type, int kRows, int kNumX>
-KERNEL void TileInto(const Cursor<kRows>& at, const float* x, int64_t ldx, int64_t n, float* out, int64_t ldo,
-                     bool add) {
+KERNEL void TileInto(const Cursor<kRows>& at, const float* x, int64_t ldx, int64_t n, float* out, int64_t ldo) {
   DotSum<type, kRows, kNumX> sum(x, ldx);
   Walk(at, RowBytes(type, n), sum);
   UNROLL
@@ -320,27 +312,27 @@ KERNEL void TileInto(const Cursor<kRows>& at, const float* x, int64_t ldx, int64
     float sums[kRows];
     sum.Finish(m, sums);
     UNROLL
-    for (int r = 0; r < kRows; ++r) to[r] = sums[r] * at.scale[r] + (add ? to[r] : 0.0f);
+    for (int r = 0; r < kRows; ++r) to[r] = sums[r] * at.scale[r];
   }
 }
 
 // kRows rows times every vector, TILE at a time.
 template <Type type, int kRows>
 KERNEL void TileAll(const Cursor<kRows>& at, const float* x, int64_t ldx, int64_t num_x, int64_t n, float* out,
-                    int64_t ldo, bool add) {
+                    int64_t ldo) {
   int64_t m = 0;
   for (; m + TILE <= num_x; m += TILE) {
-    TileInto<type, kRows, TILE>(at, x + m * ldx, ldx, n, out + m * ldo, ldo, add);
+    TileInto<type, kRows, TILE>(at, x + m * ldx, ldx, n, out + m * ldo, ldo);
   }
   const float* rest = x + m * ldx;
   float* to = out + m * ldo;
   switch (num_x - m) {
-    case 1: return TileInto<type, kRows, 1>(at, rest, ldx, n, to, ldo, add);
-    case 2: return TileInto<type, kRows, 2>(at, rest, ldx, n, to, ldo, add);
+    case 1: return TileInto<type, kRows, 1>(at, rest, ldx, n, to, ldo);
+    case 2: return TileInto<type, kRows, 2>(at, rest, ldx, n, to, ldo);
 #if TILE > 3
-    case 3: return TileInto<type, kRows, 3>(at, rest, ldx, n, to, ldo, add);
-    case 4: return TileInto<type, kRows, 4>(at, rest, ldx, n, to, ldo, add);
-    case 5: return TileInto<type, kRows, 5>(at, rest, ldx, n, to, ldo, add);
+    case 3: return TileInto<type, kRows, 3>(at, rest, ldx, n, to, ldo);
+    case 4: return TileInto<type, kRows, 4>(at, rest, ldx, n, to, ldo);
+    case 5: return TileInto<type, kRows, 5>(at, rest, ldx, n, to, ldo);
 #endif
   }
 }
@@ -351,9 +343,9 @@ KERNEL void Dots(const Matrix& w, Rows list, const float* x, int64_t ldx, int64_
   // One row after another is one sequential stream, which memory likes best; scattered rows want several under way.
   const bool stream = !list.list && !w.ahead && num_x == 1;
   for (; !stream && i + kRowsAtOnce <= list.count; i += kRowsAtOnce) {
-    TileAll<type, kRowsAtOnce>(Cursor<kRowsAtOnce>(w, list, i), x, ldx, num_x, w.cols, out + i, ldo, false);
+    TileAll<type, kRowsAtOnce>(Cursor<kRowsAtOnce>(w, list, i), x, ldx, num_x, w.cols, out + i, ldo);
   }
-  for (; i < list.count; ++i) TileAll<type, 1>(Cursor<1>(w, list, i), x, ldx, num_x, w.cols, out + i, ldo, false);
+  for (; i < list.count; ++i) TileAll<type, 1>(Cursor<1>(w, list, i), x, ldx, num_x, w.cols, out + i, ldo);
 }
 
 // Adds kRows rows, each times its coefficient, to a vector in the rows' arrangement.
@@ -562,12 +554,12 @@ struct LowBit {
   }
 };
 
-// ---- Many vectors at once: a panel of weights is widened to float32 once and stays in the second-level cache
+// ---- Many vectors at once: weights are widened to float32 a panel at a time, which stays in cache while all meet it
 
-constexpr int64_t kPanelDepth = 1024;  // elements of a row
 constexpr int64_t kColumnVectors = 8;
 constexpr int64_t kColumns = kColumnVectors * kLanes;
-constexpr int64_t kColumnDepth = 256;  // rows
+constexpr int64_t kDepth = 256;  // terms of the sums that one panel has
+constexpr int kTileX = TILE == 6 ? 6 : 2;  // times four registers of columns
 
 // Groups [begin, end) of a row as float32, scaled, in the arrangement of its type.
 template <Type type>
@@ -575,8 +567,14 @@ INLINE void Widen(const Matrix& w, int64_t row, int64_t begin, int64_t end, floa
   const uint8_t* from = w.Row(row);
   const vf scale = Splat(w.scale ? w.scale[row] : 1.0f);
   for (int64_t group = begin; group < end; ++group) {
-    const bool whole = (group + 1) * kGroup<type> <= w.cols;
-    const vu raw = whole ? Load<vu>(from + group * kBytes) : LoadTail(from, group * kBytes, RowBytes(type, w.cols));
+    vu raw;
+    if ((group + 1) * kGroup<type> <= w.cols) {
+      raw = Load<vu>(from + group * kBytes);
+    } else {
+      alignas(kBytes) uint8_t tail[kBytes] = {};
+      memcpy(tail, from + group * kBytes, RowBytes(type, w.cols) - group * kBytes);
+      raw = Load<vu>(tail);
+    }
     UNROLL
     for (int part = 0; part < Packed<type>::kParts; ++part, out += kLanes) {
       Store(out, Packed<type>::Part(raw, part) * scale);
@@ -584,83 +582,103 @@ INLINE void Widen(const Matrix& w, int64_t row, int64_t begin, int64_t end, floa
   }
 }
 
-template <Type type>
-KERNEL void MultiplyRows(const Matrix& w, Rows list, const float* x, int64_t ldx, int64_t num_x, float* panel,
-                         float* out, int64_t ldo) {
-  constexpr int64_t depth = kPanelDepth / kGroup<type>;
-  const int64_t groups = Arrangement<type>::Size(w.cols) / kGroup<type>;
-  for (int64_t begin = 0; begin < groups; begin += depth) {
-    const int64_t end = begin + depth < groups ? begin + depth : groups;
-    const int64_t n = (end - begin) * kGroup<type>;
-    for (int64_t i = 0; i < list.count; ++i) Widen<type>(w, list[i], begin, end, panel + i * n);
-    const Matrix widened{Type::kF32, panel, nullptr, list.count, n, n * int64_t{sizeof(float)}, 0};
-    const Rows all{nullptr, 0, list.count};
-    const bool add = begin > 0;
-    for (int64_t m = 0; m < num_x; m += TILE) {
-      const int64_t some = num_x - m < TILE ? num_x - m : TILE;
-      const float* from = x + m * ldx + begin * kGroup<type>;
-      float* to = out + m * ldo;
-      int64_t i = 0;
-      for (; i + kRowsAtOnce <= list.count; i += kRowsAtOnce) {
-        TileAll<Type::kF32, kRowsAtOnce>(Cursor<kRowsAtOnce>(widened, all, i), from, ldx, some, n, to + i, ldo, add);
-      }
-      for (; i < list.count; ++i) {
-        TileAll<Type::kF32, 1>(Cursor<1>(widened, all, i), from, ldx, some, n, to + i, ldo, add);
-      }
+// out[i][c] += sum over k of left[i][k] * right[k][c], for kNumX rows and kVectors registers of columns.
+template <int kNumX, int kVectors>
+INLINE void ProductTile(const float* left, int64_t ldl, const float* right, int64_t ldr, int64_t depth, float* out,
+                        int64_t ldo) {
+  vf total[kNumX][kVectors];
+  UNROLL
+  for (int i = 0; i < kNumX; ++i) {
+    UNROLL
+    for (int v = 0; v < kVectors; ++v) total[i][v] = Load<vf>(out + i * ldo + v * kLanes);
+  }
+  for (int64_t k = 0; k < depth; ++k, right += ldr) {
+    vf value[kVectors];
+    UNROLL
+    for (int v = 0; v < kVectors; ++v) value[v] = Load<vf>(right + v * kLanes);
+    UNROLL
+    for (int i = 0; i < kNumX; ++i) {
+      const vf factor = Splat(left[i * ldl + k]);
+      UNROLL
+      for (int v = 0; v < kVectors; ++v) total[i][v] += factor * value[v];
     }
+  }
+  UNROLL
+  for (int i = 0; i < kNumX; ++i) {
+    UNROLL
+    for (int v = 0; v < kVectors; ++v) Store(out + i * ldo + v * kLanes, total[i][v]);
   }
 }
 
-// out[m][c] += sum over rows of h[m][row] * panel[row][c], for kNumX vectors and four registers of columns.
-template <int kNumX>
-KERNEL void ColumnTile(const float* panel, int64_t depth, const float* h, int64_t ldh, float* out) {
-  constexpr int kVectors = 4;
-  vf total[kNumX][kVectors];
-  UNROLL
-  for (int m = 0; m < kNumX; ++m) {
-    UNROLL
-    for (int v = 0; v < kVectors; ++v) total[m][v] = Load<vf>(out + m * kColumns + v * kLanes);
+template <int kVectors>
+KERNEL void ProductRows(const float* left, int64_t ldl, int64_t rows, const float* right, int64_t ldr, int64_t depth,
+                        float* out, int64_t ldo) {
+  int64_t i = 0;
+  for (; i + kTileX <= rows; i += kTileX) {
+    ProductTile<kTileX, kVectors>(left + i * ldl, ldl, right, ldr, depth, out + i * ldo, ldo);
   }
-  for (int64_t row = 0; row < depth; ++row, panel += kColumns) {
-    vf weight[kVectors];
-    UNROLL
-    for (int v = 0; v < kVectors; ++v) weight[v] = Load<vf>(panel + v * kLanes);
-    UNROLL
-    for (int m = 0; m < kNumX; ++m) {
-      const vf value = Splat(h[m * ldh + row]);
-      UNROLL
-      for (int v = 0; v < kVectors; ++v) total[m][v] += value * weight[v];
+  for (; i < rows; ++i) ProductTile<1, kVectors>(left + i * ldl, ldl, right, ldr, depth, out + i * ldo, ldo);
+}
+
+// out (rows, columns) += left (rows, depth) right (depth, columns), columns a multiple of kLanes.
+KERNEL void AddProduct(const float* left, int64_t ldl, int64_t rows, const float* right, int64_t ldr, int64_t depth,
+                       int64_t columns, float* out, int64_t ldo) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= columns; c += 4 * kLanes) {
+    ProductRows<4>(left, ldl, rows, right + c, ldr, depth, out + c, ldo);
+  }
+  for (; c + 2 * kLanes <= columns; c += 2 * kLanes) {
+    ProductRows<2>(left, ldl, rows, right + c, ldr, depth, out + c, ldo);
+  }
+  if (c < columns) ProductRows<1>(left, ldl, rows, right + c, ldr, depth, out + c, ldo);
+}
+
+KERNEL int64_t Padded(int64_t num_x) { return (num_x + kLanes - 1) / kLanes * kLanes; }
+
+// Vectors that are arranged already, side by side: out[k * Padded(num_x) + m] = arranged[m * lda + k].
+KERNEL void Transpose(const float* arranged, int64_t lda, int64_t num_x, int64_t begin, int64_t end, float* out) {
+  const int64_t width = Padded(num_x);
+  for (int64_t k = begin; k < end; ++k) {
+    float* to = out + k * width;
+    for (int64_t m = 0; m < num_x; ++m) to[m] = arranged[m * lda + k];
+    for (int64_t m = num_x; m < width; ++m) to[m] = 0;
+  }
+}
+
+template <Type type>
+KERNEL void MultiplyRows(const Matrix& w, Rows list, const float* x, int64_t num_x, float* panel, float* out,
+                         int64_t ldo) {
+  constexpr int64_t depth = kDepth / kGroup<type>;
+  const int64_t groups = Arrangement<type>::Size(w.cols) / kGroup<type>, width = Padded(num_x);
+  float* sums = panel + kPanelRows * kDepth;
+  memset(sums, 0, list.count * width * sizeof(float));
+  for (int64_t begin = 0; begin < groups; begin += depth) {
+    const int64_t end = begin + depth < groups ? begin + depth : groups;
+    for (int64_t i = 0; i < list.count; ++i) Widen<type>(w, list[i], begin, end, panel + i * kDepth);
+    const float* from = x + begin * kGroup<type> * width;
+    for (int64_t m = 0; m < width; m += kColumns) {
+      const int64_t some = width - m < kColumns ? width - m : kColumns;
+      AddProduct(panel, kDepth, list.count, from + m, width, (end - begin) * kGroup<type>, some, sums + m, width);
     }
   }
-  UNROLL
-  for (int m = 0; m < kNumX; ++m) {
-    UNROLL
-    for (int v = 0; v < kVectors; ++v) Store(out + m * kColumns + v * kLanes, total[m][v]);
+  for (int64_t m = 0; m < num_x; ++m) {
+    for (int64_t i = 0; i < list.count; ++i) out[m * ldo + i] = sums[i * width + m];
   }
 }
 
 template <Type type>
 KERNEL void MultiplyColumns(const Matrix& w, int64_t column, const float* h, int64_t ldh, int64_t num_x, float* panel,
                             float* out, int64_t ldo) {
-  constexpr int kNumX = TILE == 6 ? 6 : 2;  // times four registers of columns
-  float* sums = panel + kColumnDepth * kColumns;
+  float* sums = panel + kDepth * kColumns;
   const int64_t first = column / kGroup<type>;
   const int64_t last = Arrangement<type>::Size(w.cols) / kGroup<type>;
   const int64_t end = first + kColumns / kGroup<type> < last ? first + kColumns / kGroup<type> : last;
+  const int64_t width = (end - first) * kGroup<type>;
   memset(sums, 0, num_x * kColumns * sizeof(float));
-  memset(panel, 0, kColumnDepth * kColumns * sizeof(float));
-  for (int64_t begin = 0; begin < w.rows; begin += kColumnDepth) {
-    const int64_t depth = w.rows - begin < kColumnDepth ? w.rows - begin : kColumnDepth;
+  for (int64_t begin = 0; begin < w.rows; begin += kDepth) {
+    const int64_t depth = w.rows - begin < kDepth ? w.rows - begin : kDepth;
     for (int64_t i = 0; i < depth; ++i) Widen<type>(w, begin + i, first, end, panel + i * kColumns);
-    for (int64_t v = 0; v < kColumnVectors; v += 4) {
-      int64_t m = 0;
-      for (; m + kNumX <= num_x; m += kNumX) {
-        ColumnTile<kNumX>(panel + v * kLanes, depth, h + m * ldh + begin, ldh, sums + m * kColumns + v * kLanes);
-      }
-      for (; m < num_x; ++m) {
-        ColumnTile<1>(panel + v * kLanes, depth, h + m * ldh + begin, ldh, sums + m * kColumns + v * kLanes);
-      }
-    }
+    AddProduct(h + begin, ldh, num_x, panel, kColumns, depth, width, sums, kColumns);
   }
   const int64_t n = w.cols - column < kColumns ? w.cols - column : kColumns;
   for (int64_t m = 0; m < num_x; ++m) Arrangement<type>::Restore(sums + m * kColumns, n, out + m * ldo);
@@ -788,10 +806,9 @@ void WeightedOf(const Matrix& w, Rows rows, const float* p, int64_t ldp, int64_t
 #undef CALL
 }
 
-void MultiplyRowsOf(const Matrix& w, Rows rows, const float* x, int64_t ldx, int64_t num_x, float* panel, float* out,
-                    int64_t ldo) {
+void MultiplyRowsOf(const Matrix& w, Rows rows, const float* x, int64_t num_x, float* panel, float* out, int64_t ldo) {
   const Type type = w.type;
-#define CALL(t) MultiplyRows<t>(w, rows, x, ldx, num_x, panel, out, ldo)
+#define CALL(t) MultiplyRows<t>(w, rows, x, num_x, panel, out, ldo)
   DISPATCH(CALL)
 #undef CALL
 }
@@ -820,8 +837,8 @@ void ScoresOf(const Matrix& w, Rows rows, const int16_t* features, float step, f
 
 #undef DISPATCH
 
-constexpr int64_t kRowsPanel = kPanelRows * kPanelDepth;
-constexpr int64_t kColumnsPanel = (kColumnDepth + kPanelVectors) * kColumns;
+constexpr int64_t kRowsPanel = kPanelRows * (kDepth + kPanelVectors);
+constexpr int64_t kColumnsPanel = (kDepth + kPanelVectors) * kColumns;
 
 }  // namespace
 }  // namespace ISA
@@ -842,6 +859,8 @@ const Kernels TABLE = {
     ISA::FeaturesSizeOf,
     ISA::QuantizeFor,
     ISA::ScoresOf,
+    ISA::Padded,
+    ISA::Transpose,
     ISA::MultiplyRowsOf,
     ISA::MultiplyColumnsOf,
     ISA::kRowsPanel > ISA::kColumnsPanel ? ISA::kRowsPanel : ISA::kColumnsPanel,

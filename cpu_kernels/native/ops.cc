@@ -11,7 +11,7 @@ namespace {
 
 // Sums over neurons are taken in this many parts, whatever the number of threads, and the parts in order.
 constexpr int64_t kSlots = 16;
-constexpr int64_t kChunkRows = 64;    // rows of a matrix a thread takes at a time
+constexpr int64_t kChunkRows = kPanelRows;  // rows of a matrix a thread takes at a time
 constexpr int64_t kFew = 8;           // vectors that a pass over the rows takes without widening them first
 constexpr int64_t kDownRows = 32;     // rows that stay in cache while several vectors take them
 constexpr int64_t kSplit = 64;        // slots of a KV cache a thread takes at a time
@@ -20,37 +20,43 @@ constexpr int64_t kReduceColumns = 1024;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// x arranged for the types of several matrices, each type once.
+// x arranged for the types of several matrices, each type once; many vectors stand side by side.
 class Arranged {
  public:
   Arranged(const Context& context, Arena& arena, const float* x, int64_t num_x, int64_t n)
-      : context_(context), arena_(arena), x_(x), num_x_(num_x), n_(n) {}
+      : kernels_(context.kernels), arena_(arena), x_(x), num_x_(num_x), n_(n) {}
 
   struct View {
     const float* x;
-    int64_t stride;
+    int64_t stride;  // from one vector to the next, of few
   };
 
-  // To be called before the phases run. For many vectors the arranging itself becomes a phase.
+  // To be called before the phases run: for many vectors the arranging itself becomes two of them.
   View For(Type type, Phases& phases) {
     View& view = views_[static_cast<int>(type)];
     if (view.x) return view;
-    view.stride = context_.kernels.arranged_size(type, n_);
-    float* to = arena_.Take<float>(num_x_ * view.stride);
-    view.x = to;
-    const auto arrange = [arrange = context_.kernels.arrange, type, x = x_, n = n_, to, stride = view.stride](int64_t m) {
-      arrange(type, x + m * n, n, 1.0f, to + m * stride);
+    const int64_t size = kernels_.arranged_size(type, n_);
+    float* rows = arena_.Take<float>(num_x_ * size);
+    view = {rows, size};
+    const auto arrange = [this, type, size, rows](int64_t m) {
+      kernels_.arrange(type, x_ + m * n_, n_, 1.0f, rows + m * size);
     };
-    if (num_x_ > kFew) {
-      phases.Add(num_x_, arrange);
-    } else {
+    if (num_x_ <= kFew) {
       for (int64_t m = 0; m < num_x_; ++m) arrange(m);
+      return view;
     }
+    float* columns = arena_.Take<float>(kernels_.padded(num_x_) * size);
+    view.x = columns;
+    phases.Add(num_x_, arrange);
+    phases.Add(CeilDiv(size, kChunkRows), [this, size, rows, columns](int64_t chunk) {
+      const int64_t begin = chunk * kChunkRows;
+      kernels_.transpose(rows, size, num_x_, begin, std::min(size, begin + kChunkRows), columns);
+    });
     return view;
   }
 
  private:
-  const Context& context_;
+  const Kernels& kernels_;
   Arena& arena_;
   const float* x_;
   const int64_t num_x_, n_;
@@ -80,7 +86,7 @@ void Multiply(const Kernels& kernels, const Matrix& w, Rows rows, Arranged::View
               int64_t ldo) {
   if (num_x <= kFew) return kernels.dots(w, rows, x.x, x.stride, num_x, out, ldo);
   float* panel = Arena::OfChunk().Take<float>(kernels.panel_size);
-  kernels.multiply_rows(w, rows, x.x, x.stride, num_x, panel, out, ldo);
+  kernels.multiply_rows(w, rows, x.x, num_x, panel, out, ldo);
 }
 
 void LinearBlock(const Context& context, const float* x, int64_t num_x, const std::vector<Matrix>& weights,

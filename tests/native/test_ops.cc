@@ -1,0 +1,406 @@
+// The native operations against plain loops in double precision, for every instruction set this processor runs, on
+// buffers of exactly the size they need. `tests/test_native.py` builds it with sanitizers.
+
+#include <cmath>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "ops.h"
+
+using namespace jsparse;
+
+namespace {
+
+int failures = 0;
+
+void Expect(bool holds, const std::string& what) {
+  if (holds) return;
+  std::printf("FAILED: %s\n", what.c_str());
+  ++failures;
+}
+
+// ---- Pools
+
+class Threads {
+ public:
+  explicit Threads(int count) {
+    for (int i = 1; i < count; ++i) threads_.emplace_back([this] { Loop(); });
+    pool.num_threads = count;
+    pool.schedule = [this](std::function<void()> task) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.push_back(std::move(task));
+      wake_.notify_one();
+    };
+  }
+
+  ~Threads() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  Pool pool;
+
+ private:
+  void Loop() {
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [this] { return stop_ || !tasks_.empty(); });
+      if (tasks_.empty()) return;
+      const auto task = std::move(tasks_.front());
+      tasks_.pop_front();
+      lock.unlock();
+      task();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::function<void()>> tasks_;
+  std::vector<std::thread> threads_;
+  bool stop_ = false;
+};
+
+// ---- Matrices with their exact values
+
+struct Stored {
+  std::unique_ptr<uint8_t[]> data;
+  std::unique_ptr<float[]> scale;
+  Matrix view;
+  std::vector<double> values;
+
+  const double* Row(int64_t i) const { return values.data() + i * view.cols; }
+};
+
+class Random {
+ public:
+  float Normal() { return normal_(engine_); }
+  int Whole(int low, int high) { return std::uniform_int_distribution<int>(low, high)(engine_); }
+
+  std::vector<float> Vector(int64_t n) {
+    std::vector<float> x(n);
+    for (float& value : x) value = Normal();
+    return x;
+  }
+
+  Stored Make(Type type, int64_t rows, int64_t cols) {
+    Stored s;
+    const int64_t stride = RowBytes(type, cols);
+    s.data.reset(new uint8_t[rows * stride]());
+    const bool low_bit = type == Type::kI8 || type == Type::kI4;
+    if (low_bit) s.scale.reset(new float[rows]);
+    s.values.resize(rows * cols);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (low_bit) s.scale[i] = 0.1f + 0.01f * Whole(0, 9);
+      uint8_t* row = s.data.get() + i * stride;
+      for (int64_t j = 0; j < cols; ++j) s.values[i * cols + j] = Put(type, row, j) * (low_bit ? s.scale[i] : 1.0);
+      if (type == Type::kI4 && cols % 2) row[cols / 2] |= Whole(0, 15) << 4;  // what pads an odd row is nobody's
+    }
+    s.view = {type, s.data.get(), s.scale.get(), rows, cols, stride, 0};
+    return s;
+  }
+
+ private:
+  double Put(Type type, uint8_t* row, int64_t j) {
+    const float value = Normal();
+    switch (type) {
+      case Type::kF32:
+        std::memcpy(row + 4 * j, &value, 4);
+        return value;
+      case Type::kBF16: {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        bits &= 0xffff0000u;
+        const uint16_t half = static_cast<uint16_t>(bits >> 16);
+        std::memcpy(row + 2 * j, &half, 2);
+        float rounded;
+        std::memcpy(&rounded, &bits, 4);
+        return rounded;
+      }
+      case Type::kF16: {
+        // Sign, exponent and mantissa drawn, subnormals now and then.
+        const int sign = Whole(0, 1), exponent = Whole(0, 9) ? Whole(11, 16) : 0, mantissa = Whole(0, 1023);
+        const uint16_t half = static_cast<uint16_t>(sign << 15 | exponent << 10 | mantissa);
+        std::memcpy(row + 2 * j, &half, 2);
+        const double magnitude =
+            exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+        return sign ? -magnitude : magnitude;
+      }
+      case Type::kI8: {
+        const int q = Whole(-127, 127);
+        row[j] = static_cast<uint8_t>(static_cast<int8_t>(q));
+        return q;
+      }
+      case Type::kI4: {
+        const int q = Whole(-7, 7);
+        row[j / 2] |= static_cast<uint8_t>((q + 8) << (j % 2 ? 4 : 0));
+        return q;
+      }
+    }
+    return 0;
+  }
+
+  std::mt19937 engine_{7};
+  std::normal_distribution<float> normal_;
+};
+
+std::vector<double> Product(const Stored& w, const std::vector<double>& x) {
+  std::vector<double> y(w.view.rows);
+  for (int64_t i = 0; i < w.view.rows; ++i) {
+    for (int64_t j = 0; j < w.view.cols; ++j) y[i] += w.Row(i)[j] * x[j];
+  }
+  return y;
+}
+
+void ExpectClose(const std::vector<float>& found, const std::vector<double>& wanted, double tolerance,
+                 const std::string& what) {
+  double largest = 1, error = 0;
+  for (double value : wanted) largest = std::fmax(largest, std::fabs(value));
+  for (size_t i = 0; i < wanted.size(); ++i) error = std::fmax(error, std::fabs(found[i] - wanted[i]));
+  Expect(error <= tolerance * largest, what + ": error " + std::to_string(error / largest));  // NaN fails
+}
+
+struct Case {
+  const Kernels& kernels;
+  Threads& threads;
+  Random& random;
+  std::string name;
+
+  Context context() const { return {kernels, threads.pool}; }
+};
+
+const Type kTypes[] = {Type::kF32, Type::kBF16, Type::kF16, Type::kI8, Type::kI4};
+const char* const kTypeNames[] = {"f32", "bf16", "f16", "i8", "i4"};
+
+void TestLinear(const Case& c) {
+  for (Type type : kTypes) {
+    for (int64_t cols : {1, 31, 128, 517}) {
+      for (int64_t num_x : {1, 3, 8, 9, 37}) {
+        const Stored first = c.random.Make(type, 103, cols), second = c.random.Make(type, 5, cols);
+        const std::vector<float> x = c.random.Vector(num_x * cols);
+        std::vector<float> a(num_x * 103), b(num_x * 5);
+        Linear(c.context(), x.data(), num_x, {first.view, second.view}, {a.data(), b.data()});
+        for (int64_t m = 0; m < num_x; ++m) {
+          const std::vector<double> token(x.begin() + m * cols, x.begin() + (m + 1) * cols);
+          const std::string what = c.name + " linear " + kTypeNames[static_cast<int>(type)] + " " +
+                                   std::to_string(cols) + " columns, " + std::to_string(num_x) + " vectors";
+          ExpectClose({a.begin() + m * 103, a.begin() + (m + 1) * 103}, Product(first, token), 1e-5, what);
+          ExpectClose({b.begin() + m * 5, b.begin() + (m + 1) * 5}, Product(second, token), 1e-5, what);
+        }
+      }
+    }
+  }
+}
+
+struct FfnCase {
+  Stored gate, up, down_t, a, b;
+  std::vector<float> x, bias;
+  int64_t num_x;
+
+  FfnCase(Random& random, Type type, Type predictor, int64_t width, int64_t neurons, int64_t rank, int64_t num_x)
+      : gate(random.Make(type, neurons, width)), up(random.Make(type, neurons, width)),
+        down_t(random.Make(type, neurons, width)), a(random.Make(predictor, rank, width)),
+        b(random.Make(predictor, neurons, rank)), x(random.Vector(num_x * width)), bias(neurons, 0.0f), num_x(num_x) {}
+
+  Ffn ffn() const { return {gate.view, up.view, down_t.view}; }
+  Predictor predictor() const { return {a.view, b.view, bias.data()}; }
+  std::vector<double> Token(int64_t m) const {
+    return {x.begin() + m * gate.view.cols, x.begin() + (m + 1) * gate.view.cols};
+  }
+
+  // y of one token over the predicted neurons (all without `sparse`), and the two counts.
+  std::vector<double> Oracle(int64_t m, const FfnSpec& spec, bool sparse, int32_t* counts) const {
+    const std::vector<double> token = Token(m), g = Product(gate, token), u = Product(up, token);
+    const std::vector<double> scores = Product(b, Product(a, token));
+    std::vector<double> y(down_t.view.cols);
+    counts[0] = counts[1] = 0;
+    for (int64_t j = 0; j < gate.view.rows; ++j) {
+      if (sparse && !(scores[j] + bias[j] > 0)) continue;
+      double h = spec.kind == FfnKind::kSwiglu ? g[j] / (1 + std::exp(-g[j])) : g[j] > spec.threshold ? g[j] : 0;
+      h *= spec.kind == FfnKind::kDrelu ? std::fmax(u[j], 0) : u[j];
+      ++counts[0];
+      counts[1] += h != 0;
+      for (size_t i = 0; i < y.size(); ++i) y[i] += h * down_t.Row(j)[i];
+    }
+    return y;
+  }
+};
+
+void TestFfn(const Case& c) {
+  const struct {
+    FfnKind kind;
+    float threshold;
+  } kinds[] = {{FfnKind::kReglu, 0}, {FfnKind::kDrelu, 0}, {FfnKind::kFatrelu, 0.5}, {FfnKind::kSwiglu, 0}};
+  const struct {
+    int64_t width, neurons, rank;
+  } shapes[] = {{8, 1, 1}, {33, 127, 7}, {96, 300, 24}};
+  for (Type type : kTypes) {
+    for (const auto& shape : shapes) {
+      for (int64_t num_x : {1, 3, 11}) {
+        const Type predictor = num_x == 1 ? Type::kI4 : num_x == 3 ? Type::kI8 : Type::kBF16;
+        FfnCase f(c.random, type, predictor, shape.width, shape.neurons, shape.rank, num_x);
+        const std::string what = c.name + " ffn " + kTypeNames[static_cast<int>(type)] + " of width " +
+                                 std::to_string(shape.width) + ", " + std::to_string(num_x) + " vectors";
+        std::vector<float> y(num_x * shape.width);
+        std::vector<int32_t> counts(num_x * 2);
+        int32_t wanted_counts[2];
+        for (const auto& kind : kinds) {
+          FfnSpec spec{kind.kind, kind.threshold, false};
+          DenseFfn(c.context(), f.x.data(), num_x, f.ffn(), spec, y.data());
+          for (int64_t m = 0; m < num_x; ++m) {
+            ExpectClose({y.begin() + m * shape.width, y.begin() + (m + 1) * shape.width},
+                        f.Oracle(m, spec, false, wanted_counts), 1e-5, what + ", dense");
+          }
+          if (kind.kind == FfnKind::kSwiglu) continue;
+          for (float bias : {-INFINITY, 0.0f, INFINITY}) {
+            f.bias.assign(shape.neurons, bias);
+            for (bool parallel : {false, true}) {
+              spec.parallel = parallel;
+              SparseFfn(c.context(), f.x.data(), num_x, f.ffn(), f.predictor(), spec, y.data(), counts.data());
+              for (int64_t m = 0; m < num_x; ++m) {
+                ExpectClose({y.begin() + m * shape.width, y.begin() + (m + 1) * shape.width},
+                            f.Oracle(m, spec, true, wanted_counts), 1e-5, what + ", sparse");
+                Expect(counts[2 * m] == wanted_counts[0] && counts[2 * m + 1] == wanted_counts[1], what + ", counts");
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+void TestAttend(const Case& c) {
+  const struct {
+    int64_t heads, kv_heads, head_dim, slots, window;
+  } shapes[] = {{4, 4, 64, 200, 1 << 20}, {6, 2, 128, 96, 96}, {4, 2, 10, 70, 33}, {7, 1, 32, 65, 65}};
+  for (Type type : {Type::kF32, Type::kBF16, Type::kF16}) {
+    for (const auto& s : shapes) {
+      const int64_t batch = 2, row = s.kv_heads * s.head_dim;
+      Stored keys = c.random.Make(type, batch * s.slots, row), values = c.random.Make(type, batch * s.slots, row);
+      const std::vector<float> q = c.random.Vector(batch * s.heads * s.head_dim);
+      std::vector<float> k(batch * row), v(batch * row);  // values that every type holds exactly
+      for (float& value : k) value = c.random.Whole(-8, 8) / 4.0f;
+      for (float& value : v) value = c.random.Whole(-8, 8) / 4.0f;
+      const std::vector<int32_t> position = {5, static_cast<int32_t>(s.slots) + 31};
+      std::vector<float> out(q.size());
+      const float scale = 0.3f;
+      const Attention shape{batch, s.heads, s.kv_heads, s.head_dim, s.slots, type, s.window, scale};
+      Attend(c.context(), shape, q.data(), k.data(), v.data(), position.data(), keys.data.get(), values.data.get(),
+             out.data());
+      for (int64_t b = 0; b < batch; ++b) {
+        const int64_t now = position[b] % s.slots;
+        for (int64_t i = 0; i < row; ++i) {
+          keys.values[(b * s.slots + now) * row + i] = k[b * row + i];
+          values.values[(b * s.slots + now) * row + i] = v[b * row + i];
+        }
+        for (int64_t h = 0; h < s.heads; ++h) {
+          const int64_t kv = h / (s.heads / s.kv_heads);
+          std::vector<double> wanted(s.head_dim);
+          double total = 0;
+          for (int64_t slot = 0; slot < s.slots; ++slot) {
+            const int64_t age = ((position[b] - slot) % s.slots + s.slots) % s.slots;
+            if (age > position[b] || age >= s.window) continue;
+            double score = 0;
+            for (int64_t i = 0; i < s.head_dim; ++i) {
+              score += scale * q[(b * s.heads + h) * s.head_dim + i] * keys.Row(b * s.slots + slot)[kv * s.head_dim + i];
+            }
+            total += std::exp(score);
+            for (int64_t i = 0; i < s.head_dim; ++i) {
+              wanted[i] += std::exp(score) * values.Row(b * s.slots + slot)[kv * s.head_dim + i];
+            }
+          }
+          for (double& value : wanted) value /= total;
+          const float* found = out.data() + (b * s.heads + h) * s.head_dim;
+          ExpectClose({found, found + s.head_dim}, wanted, 1e-5,
+                      c.name + " attend " + kTypeNames[static_cast<int>(type)] + " " + std::to_string(s.slots));
+        }
+      }
+    }
+  }
+}
+
+std::vector<float> Everything(const Kernels& kernels, const Pool& pool) {
+  Random random;
+  FfnCase f(random, Type::kBF16, Type::kI4, 160, 700, 40, 3);
+  const Context context{kernels, pool};
+  std::vector<float> y(3 * 160), z(3 * 160), o(3 * 700);
+  std::vector<int32_t> counts(6);
+  SparseFfn(context, f.x.data(), 3, f.ffn(), f.predictor(), {FfnKind::kReglu, 0, false}, y.data(), counts.data());
+  DenseFfn(context, f.x.data(), 3, f.ffn(), {FfnKind::kReglu, 0, false}, z.data());
+  Linear(context, f.x.data(), 3, {f.gate.view}, {o.data()});
+  y.insert(y.end(), z.begin(), z.end());
+  y.insert(y.end(), o.begin(), o.end());
+  return y;
+}
+
+void TestThreads(const Kernels& kernels) {
+  const Pool alone;
+  const std::vector<float> wanted = Everything(kernels, alone);
+  for (int count : {2, 4}) {
+    Threads threads(count);
+    for (int repeat = 0; repeat < 20; ++repeat) {
+      const std::vector<float> found = Everything(kernels, threads.pool);
+      Expect(!std::memcmp(found.data(), wanted.data(), wanted.size() * sizeof(float)),
+             std::string(kernels.name) + ": " + std::to_string(count) + " threads give other bits than one");
+    }
+  }
+  // A pool so busy that its threads start when the operation is long over.
+  std::vector<std::function<void()>> late;
+  const Pool busy{4, [&](std::function<void()> task) { late.push_back(std::move(task)); }};
+  Expect(Everything(kernels, busy) == wanted, std::string(kernels.name) + ": a busy pool changes the result");
+  for (const auto& task : late) task();
+  Expect(!late.empty(), "no help was asked for");
+}
+
+void TestChecker() {
+  alignas(8) float data[8] = {};
+  const auto message = [&](const Buffer& buffer) {
+    Checker check("linear");
+    check.Expect(buffer, Element::kF32, {2, -1});
+    return check.message();
+  };
+  Expect(message({"x", Element::kF32, {2, 4}, data}).empty(), "a good buffer is refused");
+  const std::string shape = message({"x", Element::kF32, {3, 4}, data});
+  Expect(shape == "linear: x has shape (3, 4), expected (2, any)", shape);
+  const std::string type = message({"x", Element::kI8, {2, 4}, data});
+  Expect(type == "linear: x is int8, expected float32", type);
+  const std::string place = message({"x", Element::kF32, {2, 1}, reinterpret_cast<uint8_t*>(data) + 2});
+  Expect(place == "linear: x is not aligned to its elements of 4 bytes", place);
+  Checker check("linear");
+  check.ExpectMatrix({"weight 0", Element::kU8, {2, 4}, data}, {"weight 0's scale", Element::kF32, {3}, data}, -1, 9);
+  Expect(check.message() == "linear: weight 0 has shape (2, 4), expected (any, 5); weight 0's scale has shape (3), "
+                            "expected (2)", check.message());
+}
+
+}  // namespace
+
+int main() {
+  Random random;
+  for (const Kernels* const* kernels = RunnableKernels(); *kernels; ++kernels) {
+    Threads threads(2);
+    const Case c{**kernels, threads, random, (*kernels)->name};
+    TestLinear(c);
+    TestFfn(c);
+    TestAttend(c);
+    TestThreads(**kernels);
+    std::printf("%s: done\n", (*kernels)->name);
+  }
+  TestChecker();
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}

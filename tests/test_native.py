@@ -1,0 +1,36 @@
+"""The native code's own tests, built with sanitizers: every instruction set, exact buffers, several threads."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [
+    *(ROOT / "cpu_kernels" / "native" / f"{name}.cc" for name in ("check", "kernels", "ops", "parallel")),
+    *sorted((ROOT / "cpu_kernels" / "native").glob("kernels_*.cc")),
+    ROOT / "tests" / "native" / "test_ops.cc",
+]
+FLAGS = ["-std=c++17", "-O1", "-g", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_native_operations(sanitizers, tmp_path):
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    flags = [*FLAGS, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{ROOT / 'cpu_kernels' / 'native'}"]
+    objects = [tmp_path / f"{source.stem}.o" for source in SOURCES]
+    running = [
+        subprocess.Popen([compiler, *flags, "-c", source, "-o", target], stderr=subprocess.PIPE, text=True)
+        for source, target in zip(SOURCES, objects)
+    ]
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    program = tmp_path / "test_ops"
+    subprocess.run([compiler, *flags, *objects, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert "baseline: done" in done.stdout
