@@ -5,14 +5,20 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # PyTorch is needed by the tests alone. The plain build of the index brings gigabytes of CUDA; this version's is small
 # where a CPU build of it is configured.
 TORCH := torch==2.13.0
+# One process each: a 7B model in bfloat16 and in int8 takes 22 GB.
+FULL_DEPTH := Llama-2-7B Mistral-7B Qwen2-7B MiniCPM-1B
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test sanitize lint bench clean
 
 demo: .venv/core
 	$(BIN)/python examples/demo.py
 
 test: .venv/test
 	$(BIN)/python -m pytest
+
+# A part of `make test`, alone: the native code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+sanitize: .venv/test
+	$(BIN)/python -m pytest tests/test_native.py
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -22,20 +28,29 @@ bench: .venv/bench
 	$(BIN)/python -m benchmarks.fit
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.ffn
+	$(BIN)/python -m benchmarks.decode
+	for shape in $(FULL_DEPTH); do $(BIN)/python -m benchmarks.decode --layers 0 --shape $$shape || exit; done
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info cpu_kernels/*.so
 
-.venv/core: pyproject.toml constraints.txt
+.venv/bin/python:
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt --editable .
+
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard cpu_kernels/native/*)
+INSTALL := $(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt
+
+.venv/core: .venv/bin/python $(SOURCES)
+	$(INSTALL) --editable .
 	touch $@
 
-.venv/test: .venv/core
-	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt $(TORCH)
-	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt --editable .[test]
+.venv/test: .venv/bin/python $(SOURCES)
+	$(INSTALL) $(TORCH)
+	$(INSTALL) --editable .[test]
 	touch $@
 
-.venv/bench: .venv/core
-	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt --editable .[bench]
+.venv/bench: .venv/bin/python $(SOURCES)
+	$(INSTALL) $(TORCH)
+	$(INSTALL) --editable .[bench]
 	touch $@

@@ -83,7 +83,11 @@ class JsparseEngine:
     def run(self) -> float:
         begin = jnp.full((1,), CONTEXT - TOKENS // 2, jnp.int32)
         state = DecodeState(
-            self._caches.pop(), jnp.ones((1,), jnp.int32), begin, jnp.zeros((1,), bool), jax.random.split(jax.random.key(0), 1)
+            self._caches.pop(),
+            jnp.ones((1,), jnp.int32),
+            begin,
+            jnp.zeros((1,), bool),
+            jax.random.split(jax.random.key(0), 1),
         )
         result = []
 

@@ -1,7 +1,7 @@
-"""One FFN layer's decode step: `python -m benchmarks.ffn [--shape ...] [--rounds 9]`.
+"""One FFN layer's decode step: `python -m benchmarks.ffn [--shape ...] [--rounds 15]`.
 
-Dense and sparse at 10, 30 and 50% predicted with 10% active, through the CPU executor, against XLA's float32 product and
-PyTorch in bfloat16 and float32. Layers are rotated, so that no weight is in a cache when its turn comes.
+Dense and sparse at 10, 30 and 50% predicted with 10% active, through the CPU executor, against XLA's float32 product
+and PyTorch in bfloat16 and float32. Layers are rotated, so that no weight is in a cache when its turn comes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ROTATED_BYTES = 6e8
 
 
 def executor_engines(layer: random_models.Layer, x: jax.Array, dtype: str, config) -> dict:
-    """The CPU executor in one dtype, by (engine, mode, dtype, predicted): a timed step, bytes it reads, share active."""
+    """By (engine, mode, dtype, predicted), the CPU executor: a timed step, the bytes it reads, the share active."""
     executor = select_executor("cpu")
     spec = FFNSpec("fatrelu", random_models.threshold())
     copies = copies_of(layer.ffn, dtype)
@@ -71,7 +71,9 @@ def exactly(layer, x, point):
     """The predictor with the bias that predicts just that share of the neurons of x."""
     predictor = layer.predictor(point)
     scores = reference.linear(reference.linear(x, predictor.a), predictor.b)[0]
-    return dataclasses.replace(predictor, bias=jnp.full_like(predictor.bias, -jnp.quantile(scores, 1 - point.predicted)))
+    return dataclasses.replace(
+        predictor, bias=jnp.full_like(predictor.bias, -jnp.quantile(scores, 1 - point.predicted))
+    )
 
 
 def dense_bytes(ffn: FFNWeights) -> float:

@@ -36,7 +36,9 @@ class OperatingPoint:
 
 def operating_points(shape: str, config: jsparse.ModelConfig) -> tuple[OperatingPoint, OperatingPoint]:
     """The published one (16 bits; rank and s of SVDP's table) and ours (4 bits at a quarter of the width, s .95)."""
-    rank, s = {"Llama-2-7B": (256, 0.5), "Mistral-7B": (352, 0.7), "Qwen2-7B": (512, 0.7), "MiniCPM-1B": (96, 0.7)}[shape]
+    rank, s = {"Llama-2-7B": (256, 0.5), "Mistral-7B": (352, 0.7), "Qwen2-7B": (512, 0.7), "MiniCPM-1B": (96, 0.7)}[
+        shape
+    ]
     published = OperatingPoint("published", rank, 16, 1 - s * (1 - ACTIVE))
     return published, OperatingPoint("ours", config.hidden_size // 4, 4, 0.11)
 

@@ -1,8 +1,8 @@
 """Native kernels for decoding on a CPU, as JAX functions: arrays in, arrays out.
 
 A matrix argument is an array (rows, columns) of float32, bfloat16 or float16, or low-bit rows `(values, scale)`: values
-(rows, columns) int8, or (rows, ceil(columns / 2)) uint8 with two 4-bit elements per byte (q + 8, the even one in the low
-nibble), and scale (rows,) float32. Matrices are (out, in); nothing copies them. Vectors are float32, one per row.
+(rows, columns) int8, or (rows, ceil(columns / 2)) uint8 with two 4-bit elements per byte (q + 8, the even one in the
+low nibble), and scale (rows,) float32. Matrices are (out, in); nothing copies them. Vectors are float32, one per row.
 Sums are accumulated in float32, and results are the same for any number of threads.
 """
 
@@ -119,7 +119,10 @@ def attend(
     Returns:
       the attended values (B, N, H), and the caches, updated in place where the caller does not use them again.
     """
-    outs = [jax.ShapeDtypeStruct(q.shape, jnp.float32), *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in (keys, values))]
+    outs = [
+        jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in (keys, values)),
+    ]
     call = _call("attend", outs, input_output_aliases={4: 1, 5: 2})
     q, k, v = map(_float32, (q, k, v))
     return tuple(call(q, k, v, position.astype(jnp.int32), keys, values, window=np.int64(window or 2**62)))

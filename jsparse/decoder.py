@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jsparse.attention import KVCache
 from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
 from jsparse.ffn import reference
-from jsparse.attention import KVCache
 from jsparse.layers import Block, FeedForward, RMSNorm, parameter
 from jsparse.quantization import Matrix, QuantizedRows, take_rows
 from jsparse.typing import Array, Float, Int

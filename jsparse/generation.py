@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse.attention import KVCache, fill_cache
 from jsparse.config import ModelConfig
 from jsparse.decoder import Decoder
 from jsparse.errors import JsparseError
 from jsparse.ffn import FFNSpec
-from jsparse.attention import KVCache, fill_cache
 from jsparse.params import Params, Predictor
 from jsparse.sampling import greedy, sample
 from jsparse.typing import Array, Bool, Float, Int, Shaped

@@ -34,6 +34,24 @@ def ffn(x, weights: FFNWeights, predictor: Predictor | None, spec: FFNSpec) -> t
     return hidden @ matrix(weights.down_t), np.stack([predicted.sum(1), (hidden != 0).sum(1)], axis=1)
 
 
+def attend(q, k, v, position, cache, window: int | None) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Attention of one token per sequence over its ring-buffer cache, and the cache with that token in it."""
+    q, k, v, keys, values = (np.array(array, np.float64) for array in (q, k, v, *cache))
+    batch, slots, kv_heads, head_dim = keys.shape
+    out = np.zeros(q.shape)
+    for b in range(batch):
+        now = int(position[b])
+        keys[b, now % slots], values[b, now % slots] = k[b], v[b]
+        oldest = max(0, now - min(slots, window or slots) + 1)
+        seen = [p % slots for p in range(oldest, now + 1)]
+        for head in range(q.shape[1]):
+            kv = head // (q.shape[1] // kv_heads)
+            scores = keys[b, seen, kv] @ q[b, head] / np.sqrt(head_dim)
+            weights = np.exp(scores - scores.max())
+            out[b, head] = weights / weights.sum() @ values[b, seen, kv]
+    return out, (keys, values)
+
+
 def calibrate_bias(
     scores, importance, target: float, levels: int = 256, silenced: str = "spare"
 ) -> tuple[np.ndarray, bool]:

@@ -68,8 +68,11 @@ def test_sparse_ffn_is_the_ffn_of_the_predicted_neurons(executor, spec, bits, ba
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "int8"])
-def test_sparse_ffn_on_stored_weights(executor, storage):
-    check(executor, *problem(storage=storage), FFNSpec("reglu"))
+@pytest.mark.parametrize("predicted", ["none", "some", "all"])
+@pytest.mark.parametrize(("batch", "bits"), [(1, 4), (8, 16), (11, 8)])
+def test_sparse_ffn_on_stored_weights(executor, storage, predicted, batch, bits):
+    spec = FFNSpec("drelu", 0.0, "parallel" if batch == 8 else "sequential")
+    check(executor, *problem(storage=storage, predicted=predicted, batch=batch, bits=bits), spec)
 
 
 @pytest.mark.parametrize(("width", "neurons", "rank"), [(8, 1, 1), (33, 127, 7), (64, 128, 1), (31, 257, 31)])
@@ -79,19 +82,49 @@ def test_sparse_ffn_at_odd_shapes(executor, width, neurons, rank):
 
 
 @pytest.mark.parametrize("kind", ["reglu", "drelu", "fatrelu", "swiglu"])
-def test_dense_ffn_is_the_ffn_of_all_neurons(executor, kind):
-    x, ffn, _ = problem()
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("tokens", [(1,), (3,), (2, 40), (600,)])
+def test_dense_ffn_is_the_ffn_of_all_neurons(executor, kind, storage, tokens):
+    """Of a decode step and of a prefill, which executors may compute in different ways."""
+    x, ffn, _ = problem(batch=int(np.prod(tokens)), storage=storage)
     spec = FFNSpec(kind, 0.3 if kind == "fatrelu" else 0.0)
     expected, _ = oracle.ffn(x, ffn, None, spec)
-    y = executor.dense_ffn(x, ffn, spec)
+    y = executor.dense_ffn(x.reshape(*tokens, -1), ffn, spec)
+    assert y.shape == (*tokens, x.shape[-1])
+    expected = expected.reshape(y.shape)
     np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
-def test_linear(executor, storage):
-    x, ffn, _ = problem(storage=storage)
-    expected = np.asarray(x, np.float64) @ oracle.matrix(ffn.gate).T
-    np.testing.assert_allclose(executor.linear(x, ffn.gate), expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "int8", "int4"])
+@pytest.mark.parametrize(("tokens", "width"), [((), 96), ((1,), 33), ((8,), 96), ((2, 40), 31), ((600,), 96)])
+def test_linear(executor, storage, tokens, width):
+    count = int(np.prod(tokens))
+    x, ffn, _ = problem(batch=count, width=width, storage="float32" if storage == "int4" else storage)
+    weights = [quantize_rows(m, 4) if storage == "int4" else m for m in (ffn.gate, ffn.up)]
+    outs = executor.linears(x.reshape(*tokens, width), weights)
+    for weight, out in zip(weights, (*outs[:1], executor.linear(x.reshape(*tokens, width), weights[1]))):
+        expected = (np.asarray(x, np.float64) @ oracle.matrix(weight).T).reshape(*tokens, -1)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "slots", "window"),
+    [(4, 4, 64, 200, None), (6, 2, 128, 96, 96), (4, 2, 10, 70, 33), (7, 1, 32, 300, None)],
+)
+def test_attend(executor, dtype, heads, kv_heads, head_dim, slots, window):
+    """A token in an unfilled cache, and one in a ring buffer that has gone round."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    q = jax.random.normal(keys[0], (2, heads, head_dim))
+    k, v = (jax.random.normal(key, (2, kv_heads, head_dim)).astype(dtype).astype(jnp.float32) for key in keys[1:3])
+    cache = tuple(jax.random.normal(key, (2, slots, kv_heads, head_dim)).astype(dtype) for key in keys[3:])
+    position = jnp.asarray([5, slots + 31], jnp.int32)
+    out, new_cache = jax.jit(executor.attend, static_argnames="window")(q, k, v, position, cache, window=window)
+    expected, expected_cache = oracle.attend(q, k, v, position, cache, window)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE)
+    for side, wanted in zip(new_cache, expected_cache):
+        assert side.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(side, np.float64), wanted)
 
 
 def test_sparse_ffn_reads_no_row_that_is_not_predicted(executor):

@@ -19,7 +19,7 @@ def select_executor(name: str = "auto") -> ModuleType:
       JsparseError: no such executor, or it cannot run here; the message has its reason.
     """
     if name == "auto":
-        return _first_available()
+        return first_available()
     if name not in EXECUTORS:
         raise JsparseError(f"executor {name!r} does not exist; choose from auto, {', '.join(EXECUTORS)}")
     executor = importlib.import_module(EXECUTORS[name])
@@ -29,10 +29,15 @@ def select_executor(name: str = "auto") -> ModuleType:
 
 
 @functools.cache
-def _first_available() -> ModuleType:
+def first_available() -> ModuleType:
+    """The executor that `auto` stands for. A line is logged, once: a warning if none of this device's own can run."""
+    log = logging.getLogger("jsparse")
+    reasons = []
     for name, module in EXECUTORS.items():
         executor = importlib.import_module(module)
-        if not executor.unavailable():
-            logging.getLogger("jsparse").info("executor: %s", name)
-            return executor
-    raise JsparseError("no executor can run here")
+        if reason := executor.unavailable():
+            reasons.append(f"{name} cannot run here: {reason}")
+            continue
+        log.log(logging.WARNING if name == "xla" else logging.INFO, "executor: %s", "; ".join([name, *reasons]))
+        return executor
+    raise JsparseError(f"no executor can run here: {'; '.join(reasons)}")

@@ -1,0 +1,168 @@
+"""The native extension as JAX functions: bad arguments, threads, memory, and what happens without it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cpu_kernels
+import jsparse
+from jsparse.ffn import reference, select
+
+ROOT = Path(__file__).parent.parent
+needs_native = pytest.mark.skipif(
+    cpu_kernels.unavailable() is not None, reason=f"cpu_kernels: {cpu_kernels.unavailable()}"
+)
+
+
+def matrices(width=16, neurons=24):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal((neurons, width)), jnp.bfloat16) for _ in range(3)]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x, g, u, d: cpu_kernels.linear(x, g[:, :8]),
+            r"linear: weight 0 has shape \(24, 8\), expected \(any, 16\)",
+        ),
+        (lambda x, g, u, d: cpu_kernels.linear(x[0], g), r"linear: x has shape \(16\), expected \(any, any\)"),
+        (
+            lambda x, g, u, d: cpu_kernels.linear(x, g.astype(jnp.int32)),
+            "weight 0 is int32, expected float32, bfloat16",
+        ),
+        (
+            lambda x, g, u, d: cpu_kernels.linear(x, (g.astype(jnp.int8), jnp.ones(23))),
+            r"weight 0's scale has shape \(23\), expected \(24\)",
+        ),
+        (
+            lambda x, g, u, d: cpu_kernels.dense_ffn(x, g, u[:7], d),
+            r"dense_ffn: up has shape \(7, 16\), expected \(24, 16\)",
+        ),
+        (
+            lambda x, g, u, d: cpu_kernels.sparse_ffn(x, g, u, d, g[:4], u[:, :5], jnp.zeros(9)),
+            r"sparse_ffn: b has shape \(24, 5\), expected \(24, 4\); bias has shape \(9\), expected \(24\)",
+        ),
+        (
+            lambda x, g, u, d: cpu_kernels.sparse_ffn(x, g, u, d, g[:4], u[:, :4], jnp.zeros(24), kind="swiglu"),
+            "sparse_ffn: kind is 3, expected 0 to 2",
+        ),
+        (
+            lambda x, g, u, d: cpu_kernels.attend(
+                jnp.ones((1, 5, 8)), *[jnp.ones((1, 2, 8))] * 2, jnp.zeros(1, jnp.int32), *[jnp.ones((1, 4, 2, 8))] * 2
+            ),
+            "attend: the 5 heads of q are no multiple of the 2 of k",
+        ),
+        (
+            lambda x, g, u, d: cpu_kernels.attend(
+                jnp.ones((1, 2, 8)), *[jnp.ones((1, 2, 8))] * 2, -jnp.ones(1, jnp.int32), *[jnp.ones((1, 4, 2, 8))] * 2
+            ),
+            "attend: position 0 is negative",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    x = jnp.ones((2, 16))
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(call(x, *matrices()))
+
+
+_HASHED = """
+import hashlib, jax, jax.numpy as jnp, numpy as np
+import cpu_kernels, jsparse
+from jsparse.calibrate import default_texts
+from test_executors import problem
+from jsparse.ffn import FFNSpec, cpu
+parts = [cpu_kernels.num_threads() * 0]
+for storage in ("float32", "bfloat16", "int8"):
+    x, ffn, predictor = problem(storage=storage, bits=4, width=200, neurons=900, rank=60)
+    parts += [*cpu.sparse_ffn(x, ffn, predictor, FFNSpec()), cpu.dense_ffn(x, ffn, FFNSpec()), cpu.linear(x, ffn.gate)]
+    parts.append(cpu.dense_ffn(jnp.tile(x, (20, 1)), ffn, FFNSpec()))
+print(int(cpu_kernels.num_threads()), hashlib.sha256(b"".join(np.asarray(p).tobytes() for p in parts)).hexdigest())
+"""
+
+
+@needs_native
+def test_results_do_not_depend_on_the_number_of_threads():
+    found = {}
+    for threads in (1, 2, 4):
+        environment = {
+            **os.environ,
+            "NPROC": str(threads),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", _HASHED], env=environment, capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        count, digest = done.stdout.split()
+        found[int(count)] = digest
+    assert found.keys() == {1, 2, 4}
+    assert len(set(found.values())) == 1
+
+
+@needs_native
+def test_the_cache_is_updated_in_place_in_a_loop():
+    """A decode step that copied its cache would need another one of temporary memory."""
+
+    def loop(q, keys, values):
+        def step(i, carry):
+            out, keys, values = carry
+            return cpu_kernels.attend(out, out, out, jnp.full((1,), i), keys, values)
+
+        return jax.lax.fori_loop(0, 8, step, (q, keys, values))
+
+    cache = jnp.zeros((1, 4096, 2, 64), jnp.bfloat16)
+    compiled = jax.jit(loop, donate_argnums=(1, 2)).lower(jnp.ones((1, 2, 64)), cache, cache).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < cache.nbytes / 10
+
+
+@needs_native
+def test_weights_are_not_copied():
+    x, (gate, up, down) = jnp.ones((1, 512)), matrices(512, 4096)
+    compiled = jax.jit(lambda x, *m: cpu_kernels.dense_ffn(x, *m)).lower(x, gate, up, down).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < gate.nbytes / 10
+
+
+@needs_native
+def test_read_depends_on_every_byte():
+    data = np.random.default_rng(0).integers(0, 255, (1 << 20) + 77, np.uint8)
+    before = int(cpu_kernels.read(jnp.asarray(data)))
+    for place in (0, 5, 1 << 19, len(data) - 1):
+        changed = data.copy()
+        changed[place] ^= 64
+        assert int(cpu_kernels.read(jnp.asarray(changed))) != before
+
+
+def test_without_the_extension_xla_is_used_and_a_line_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(cpu_kernels, "_native", None)
+    monkeypatch.setattr(cpu_kernels, "_MISSING", "No module named 'cpu_kernels._native'", raising=False)
+    select.first_available.cache_clear()
+    try:
+        assert select.select_executor() is reference
+        (record,) = caplog.records
+        assert "needs a C++ compiler when jsparse is installed" in record.message
+        with pytest.raises(
+            jsparse.JsparseError, match="executor 'cpu' cannot run here: the native extension was not built"
+        ):
+            select.select_executor("cpu")
+    finally:
+        select.first_available.cache_clear()
+
+
+@needs_native
+def test_executors_generate_the_same_tokens(default):
+    params = jsparse.fit_predictors(default, [np.arange(4000) % default.config.vocab_size], rank=16)
+    prompt = "def read(self, size):\n"
+    for sparse in (False, True):
+        texts = {
+            name: jsparse.generate(params, prompt, max_new_tokens=48, sparse=sparse, executor=name)
+            for name in ("xla", "cpu")
+        }
+        assert texts["xla"] == texts["cpu"]
