@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jsparse
-from convert.mapping import aligned_empty
 from jsparse.params import FFNWeights, Predictor
-from jsparse.quantization import Matrix, QuantizedRows, dequantize, quantize_rows
+from jsparse.quantization import Matrix, QuantizedRows, aligned_empty, cast, dequantize
 
 ACTIVE = 0.1
 _LEADING_ENERGY = 0.95
@@ -95,7 +94,8 @@ def threshold() -> float:
 
 def store(matrix: jax.Array, dtype: str) -> Matrix:
     """The matrix in its own memory, in that dtype."""
-    return jax.tree.map(copy, quantize_rows(matrix.astype(jnp.float32), 8) if dtype == "int8" else matrix.astype(dtype))
+    stored = cast(matrix, dtype)
+    return stored if stored is not matrix else copy(matrix)
 
 
 def copy(array: jax.Array) -> jax.Array:

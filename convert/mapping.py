@@ -15,7 +15,7 @@ from convert.tensors import Index, StoredTensor
 from jsparse.config import ModelConfig
 from jsparse.decoder import weight_shapes
 from jsparse.params import FFNWeights
-from jsparse.quantization import QuantizedRows, dequantize, quantize_rows
+from jsparse.quantization import QuantizedRows, aligned_empty, dequantize, quantize_rows_jit
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _BLOCK_ELEMENTS = 2**20
@@ -162,26 +162,15 @@ def _quantize(name: str, tensor: StoredTensor, transposed: bool) -> QuantizedRow
     values, scale = aligned_empty(shape, np.dtype(np.int8)), np.empty(shape[0], np.float32)
     for rows in _blocks(shape):
         part = _finite(name, tensor, (slice(None), rows)).T if transposed else _finite(name, tensor, rows)
-        block = _quantize_block(part.astype(np.float32))
+        block = quantize_rows_jit(part.astype(np.float32), 8)
         values[rows], scale[rows] = block.values, block.scale
     return QuantizedRows(jax.device_put(values), jnp.asarray(scale), 8, shape[1])
-
-
-_quantize_block = jax.jit(lambda block: quantize_rows(block, 8))
 
 
 def _blocks(shape: tuple[int, ...]) -> list[slice]:
     """Slices of rows small enough that what is computed from one is small beside a large array."""
     step = max(1, _BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array that starts on a 64-byte boundary, which `jax.device_put` adopts on a CPU instead of copying it."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def stored_array(weights: Mapping[str, Any], slot: Slot) -> np.ndarray:

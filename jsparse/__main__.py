@@ -1,9 +1,12 @@
 """The command `jsparse`, or `python -m jsparse`: generate, calibrate, info."""
 
 import argparse
+import itertools
 import sys
+from collections.abc import Callable, Iterator
 
 import jax
+from rich.console import Console
 
 from jsparse import calibrate
 from jsparse.checkpoint import DTYPES, load
@@ -60,8 +63,23 @@ def _generate(args: argparse.Namespace) -> None:
             text = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
             raise JsparseError(f"the prompt on standard input is not UTF-8 text (byte {error.start})") from error
-    pieces = generate(
-        load(args.model, dtype=args.dtype, ffn=args.ffn),
+    statistics: list[Statistics] = []
+    console = Console(stderr=True)
+    with console.status(f"loading {args.model}") as status:
+        params = load(args.model, dtype=args.dtype, ffn=args.ffn)
+        status.update(f"compiling {params.config.num_layers} layers, or taking them from the cache")
+        pieces = _stream(params, text, args, statistics.append)
+        opening = list(itertools.islice(pieces, 2))  # of the prefill and of the first decode steps
+    for piece in itertools.chain(opening, pieces):
+        print(piece, end="", flush=True)
+    print(f"\n{describe(*statistics)}", file=sys.stderr)
+
+
+def _stream(
+    params: Params, text: str, args: argparse.Namespace, on_finish: Callable[[Statistics], None]
+) -> Iterator[str]:
+    return generate(
+        params,
         [{"role": "user", "content": text}] if args.chat else text,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -72,10 +90,8 @@ def _generate(args: argparse.Namespace) -> None:
         stream=True,
         executor=args.executor,
         sparse=False if args.dense else None,
-        on_finish=lambda statistics: print(f"\n{describe(statistics)}", file=sys.stderr),
+        on_finish=on_finish,
     )
-    for piece in pieces:
-        print(piece, end="", flush=True)
 
 
 def describe(statistics: Statistics) -> str:

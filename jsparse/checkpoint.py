@@ -25,7 +25,7 @@ from jsparse.config import ModelConfig
 from jsparse.decoder import check_weights
 from jsparse.errors import JsparseError
 from jsparse.params import FFNWeights, Params, Predictor, check_predictors
-from jsparse.quantization import QuantizedRows
+from jsparse.quantization import QuantizedRows, cast
 from jsparse.tokenizer import load_tokenizer
 
 _MANIFEST = "jsparse.json"
@@ -68,8 +68,8 @@ def load(directory: str | Path, *, dtype: str | None = None, ffn: str | None = N
     Args:
       directory: "default" for the model in the package, a directory written by `save`, or a Hugging Face checkpoint,
         which is converted in memory.
-      dtype: float32, bfloat16, float16 or int8 (rows with one scale each), for a Hugging Face checkpoint; as stored
-        if None.
+      dtype: of the matrices: float32, bfloat16, float16 or int8 (rows with one scale each, the embedding left as it
+        is); as stored if None. Norm scales and biases are always float32.
       ffn: the FFN kind of a Hugging Face checkpoint that does not say it (reglu, drelu, fatrelu, swiglu).
 
     Raises:
@@ -81,9 +81,11 @@ def load(directory: str | Path, *, dtype: str | None = None, ffn: str | None = N
     except OSError as error:
         raise JsparseError(f"{path}: {error.strerror.lower()}") from error
     if (path / _MANIFEST).is_file():
-        if dtype is not None or ffn is not None:
-            raise JsparseError(f"{path}: dtype and ffn are chosen on conversion; this is already a jsparse directory")
-        return _load_directory(path)
+        if ffn is not None:
+            raise JsparseError(f"{path}: ffn is chosen on conversion; this is already a jsparse directory")
+        if dtype is not None and dtype not in DTYPES:
+            raise JsparseError(f"dtype is {dtype!r} and must be one of {', '.join(DTYPES)}")
+        return _load_directory(path, dtype)
     from convert import from_huggingface
 
     return from_huggingface(path, dtype=dtype, ffn=ffn)
@@ -160,7 +162,7 @@ def _is_empty(directory: Path) -> bool:
     return directory.is_dir() and not any(directory.iterdir())
 
 
-def _load_directory(path: Path) -> Params:
+def _load_directory(path: Path, dtype: str | None) -> Params:
     manifest = read_manifest(path)
     try:
         config = ModelConfig.from_dict(manifest["config"])
@@ -175,12 +177,30 @@ def _load_directory(path: Path) -> Params:
         if name.startswith("layers_"):
             layer["ffn"] = FFNWeights(**layer["ffn"])
     check_weights(weights, config)
+    if dtype is not None:
+        _cast(weights, dtype)
     tokenizer = load_tokenizer(path / "tokenizer")
     if manifest["tokenizer"] and tokenizer is None:
         raise JsparseError(f"{path / 'tokenizer'}: the tokenizer's files are missing")
     params = Params(config, weights, predictors, tokenizer)
     check_predictors(params)
     return params
+
+
+def _cast(node: dict[str, Any], dtype: str) -> None:
+    """Store every matrix below in another dtype, one at a time in place, as the converter would have."""
+    for name, child in node.items():
+        if isinstance(child, dict):
+            _cast(child, dtype)
+        elif isinstance(child, FFNWeights):
+            parts = {part: getattr(child, part) for part in ("gate", "up", "down_t")}
+            node[name] = child = None
+            _cast(parts, dtype)
+            node[name] = FFNWeights(**parts)
+        elif len(child.shape) == 2 and not (dtype == "int8" and name == "embed"):
+            node[name] = cast(child, dtype)
+            if not isinstance(node[name], QuantizedRows) and not jnp.isfinite(node[name]).all():
+                raise JsparseError(f"a weight {name} does not fit in {dtype}; choose bfloat16 or float32")
 
 
 def _checksum(manifest: dict) -> str:

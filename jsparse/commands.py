@@ -1,9 +1,13 @@
 """What every command shares: its way to end on a user's mistake."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
+
+import jax
 
 from jsparse.errors import JsparseError
 
@@ -17,6 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(command: Callable[[], None]) -> None:
     """Run a command. A user's mistake is one sentence on stderr and exit code 2; Ctrl-C is exit code 130."""
+    _keep_compiled_programs()
     try:
         command()
     except JsparseError as error:
@@ -26,6 +31,13 @@ def run_command(command: Callable[[], None]) -> None:
         sys.exit(_fail(f"{where}{error.strerror or error}", 2))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 130))
+
+
+def _keep_compiled_programs() -> None:
+    """Compile a model's decode step once, not at every command. JAX_COMPILATION_CACHE_DIR names another place."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "jsparse"))
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,13 +1,16 @@
 """Matrices stored as low-bit integer rows with one scale per row."""
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jsparse.typing import Array, Float, Int, Shaped
 
+_CAST_ELEMENTS = 1 << 22
 _CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
@@ -70,12 +73,48 @@ def quantize_rows(matrix: Float[Array, "rows columns"], bits: int) -> QuantizedR
     return QuantizedRows(values, best_scale, bits, matrix.shape[1])
 
 
+quantize_rows_jit = jax.jit(quantize_rows, static_argnames="bits")
+
+
 def dequantize(matrix: Matrix) -> Float[Array, "rows columns"]:
     """The matrix in float32, whatever its storage."""
     if not isinstance(matrix, QuantizedRows):
         return matrix.astype(jnp.float32)
     integers = _unpack_int4(matrix.values, matrix.columns) if matrix.bits == 4 else matrix.values
     return integers.astype(jnp.float32) * matrix.scale[:, None]
+
+
+def cast(matrix: Matrix, dtype: str) -> Matrix:
+    """The matrix in float32, bfloat16, float16, or as int8 rows.
+
+    It is computed some rows at a time, so that no float32 copy of a large matrix is held.
+    """
+    is_low_bit = isinstance(matrix, QuantizedRows)
+    if (is_low_bit and matrix.bits == 8 and dtype == "int8") or (not is_low_bit and matrix.dtype == dtype):
+        return matrix
+    rows, columns = matrix.shape
+    values = aligned_empty((rows, columns), jnp.dtype(dtype))
+    scale = np.empty((rows,), np.float32)
+    step = max(1, _CAST_ELEMENTS // columns)
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        part = take_rows(matrix, jnp.arange(block.start, block.stop))
+        if dtype == "int8":
+            quantized = quantize_rows_jit(part, 8)
+            values[block], scale[block] = quantized.values, quantized.scale
+        else:
+            values[block] = part.astype(dtype)
+    if dtype == "int8":
+        return QuantizedRows(jax.device_put(values), jnp.asarray(scale), 8, columns)
+    return jax.device_put(values)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that starts on a 64-byte boundary, which `jax.device_put` adopts on a CPU instead of copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def take_rows(matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:

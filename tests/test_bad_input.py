@@ -274,9 +274,9 @@ COMMANDS = {
     "info: missing path": (["info", "NOWHERE"], "NOWHERE: no such file"),
     "info: a file": (["info", "FILE"], "FILE"),
     "info: not a checkpoint": (["info", "EMPTY"], "EMPTY"),
-    "info: dtype of a jsparse directory": (
-        ["info", "SAVED", "--dtype", "int8"],
-        "dtype and ffn are chosen on conversion",
+    "info: FFN kind of a jsparse directory": (
+        ["info", "SAVED", "--ffn", "drelu"],
+        "ffn is chosen on conversion",
     ),
     "generate: empty": (["generate", "SAVED", ""], "the prompt is empty"),
     "generate: too long": (["generate", "SAVED", "x" * 50], "has 50 tokens"),

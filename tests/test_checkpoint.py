@@ -363,7 +363,35 @@ def test_predictors_of_another_model_are_refused(name, where, small, tmp_path):
         use()
 
 
-def test_conversion_options_do_not_apply_to_a_jsparse_directory(saved):
-    for options in ({"dtype": "int8"}, {"ffn": "drelu"}):
-        with pytest.raises(jsparse.JsparseError, match="chosen on conversion"):
-            jsparse.load(saved, **options)
+def test_the_ffn_kind_of_a_jsparse_directory_is_settled(saved):
+    with pytest.raises(jsparse.JsparseError, match="chosen on conversion"):
+        jsparse.load(saved, ffn="drelu")
+    with pytest.raises(jsparse.JsparseError, match="dtype is 'int3' and must be one of float32, bfloat16"):
+        jsparse.load(saved, dtype="int3")
+
+
+@pytest.mark.parametrize("name", ["Tiiny/SparseQwen2-7B", "openbmb/MiniCPM-S-1B-sft"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_a_dtype_chosen_at_load_is_that_of_a_conversion(dtype, name, tmp_path):
+    source = checkpoints.row(tmp_path, name)
+    jsparse.save(from_huggingface(source), tmp_path / "saved")
+    assert_identical(jsparse.load(tmp_path / "saved", dtype=dtype), from_huggingface(source, dtype=dtype))
+
+
+def test_int8_rows_load_as_floats_again(small, tmp_path):
+    jsparse.save(small, tmp_path / "floats")
+    rounded = jsparse.load(tmp_path / "floats", dtype="int8")
+    jsparse.save(rounded, tmp_path / "int8")
+    assert_identical(jsparse.load(tmp_path / "int8", dtype="int8"), rounded)
+    loaded = jsparse.load(tmp_path / "int8", dtype="bfloat16")
+    for layer in range(SMALL.num_layers):
+        found, wanted = (p.weights[f"layers_{layer}"]["ffn"].down_t for p in (loaded, small))
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=0.02 * np.abs(wanted).max())
+
+
+def test_a_weight_that_does_not_fit_the_dtype_is_refused(small, tmp_path):
+    weights = {**small.weights, "embed": small.weights["embed"].at[0, 0].set(1e6)}
+    jsparse.save(dataclasses.replace(small, weights=weights), tmp_path / "saved")
+    with pytest.raises(jsparse.JsparseError, match="embed does not fit in float16; choose bfloat16 or float32"):
+        jsparse.load(tmp_path / "saved", dtype="float16")
