@@ -45,6 +45,12 @@ def num_threads() -> jax.Array:
     return _call("threads", jax.ShapeDtypeStruct((1,), jnp.int32))()[0]
 
 
+def take_rows(matrix: Matrix, indices: jax.Array, columns: int) -> jax.Array:
+    """Rows of a matrix (rows, columns) in float32, (n, columns), for indices (n,); an index outside gives zeros."""
+    out = jax.ShapeDtypeStruct((indices.shape[0], columns), jnp.float32)
+    return _call("take_rows", out)(indices.astype(jnp.int32), *_flatten([matrix]))
+
+
 def linear(x: jax.Array, *weights: Matrix) -> tuple[jax.Array, ...]:
     """x (B, D) times the transpose of each matrix (out, D): one (B, out) per matrix, in one pass over the threads."""
     outs = [jax.ShapeDtypeStruct((x.shape[0], _rows(weight)), jnp.float32) for weight in weights]

@@ -35,9 +35,15 @@ def run_command(command: Callable[[], None]) -> None:
 
 def _keep_compiled_programs() -> None:
     """Compile a model's decode step once, not at every command. JAX_COMPILATION_CACHE_DIR names another place."""
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "jsparse"))
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jsparse"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a home that cannot be written costs the time to compile
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def _fail(message: str, code: int) -> int:

@@ -12,7 +12,7 @@ from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
 from jsparse.ffn import reference
 from jsparse.layers import Block, FeedForward, RMSNorm, parameter
-from jsparse.quantization import Matrix, QuantizedRows, take_rows
+from jsparse.quantization import Matrix, QuantizedRows
 from jsparse.typing import Array, Float, Int
 
 _init_embed = nn.initializers.normal(0.02)
@@ -48,7 +48,7 @@ class Decoder(nn.Module):
         """
         c = self.config
         embed = parameter(self, "embed", _init_embed, (c.vocab_size, c.hidden_size))
-        x = c.embed_scale * take_rows(embed, tokens.reshape(-1)).reshape(*tokens.shape, c.hidden_size)
+        x = c.embed_scale * self.executor.take_rows(embed, tokens.reshape(-1)).reshape(*tokens.shape, c.hidden_size)
         new_caches, extras = [], []
         for layer in range(c.num_layers):
             block = Block(c, self.executor, layer, name=f"layers_{layer}")

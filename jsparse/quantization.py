@@ -121,7 +121,11 @@ def take_rows(matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "cou
     """Rows `indices` of the matrix in float32; only those rows are read. An index past the end gives zeros."""
 
     def gather(array):
-        return array.at[indices].get(mode="fill", fill_value=0)
+        if array.dtype.itemsize != 2:
+            return array.at[indices].get(mode="fill", fill_value=0)
+        # As whole numbers: on a CPU, XLA would first widen the whole matrix to gather rows of a 16-bit float.
+        bits = jax.lax.bitcast_convert_type(array, jnp.uint16).at[indices].get(mode="fill", fill_value=0)
+        return jax.lax.bitcast_convert_type(bits, array.dtype)
 
     if isinstance(matrix, QuantizedRows):
         return dequantize(dataclasses.replace(matrix, values=gather(matrix.values), scale=gather(matrix.scale)))

@@ -1,8 +1,10 @@
 """Shared fixtures; array annotations of the package are checked at run time in tests."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jsparse-tests-")  # where commands keep compiled programs
 
 # ruff: noqa: E402  the import hook comes before what it checks
 from jaxtyping import install_import_hook

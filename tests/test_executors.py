@@ -107,6 +107,16 @@ def test_linear(executor, storage, tokens, width):
         np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "int8", "int4"])
+@pytest.mark.parametrize("width", [96, 31])
+def test_take_rows(executor, storage, width):
+    _, ffn, _ = problem(width=width, storage="float32" if storage == "int4" else storage)
+    matrix = quantize_rows(ffn.gate, 4) if storage == "int4" else ffn.gate
+    found = jax.jit(executor.take_rows)(matrix, jnp.asarray([7, 0, 299, 7, 300, 2**31 - 1], jnp.int32))
+    expected = np.concatenate([oracle.matrix(matrix)[[7, 0, 299, 7]], np.zeros((2, width))])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "slots", "window"),

@@ -102,6 +102,23 @@ Ffn FfnArgs(Call& call, int64_t width) {
   return ffn;
 }
 
+ffi::Error TakeRowsHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  Call call("take_rows", args, rets);
+  const Buffer indices = call.Arg("indices");
+  call.check.Expect(indices, Element::kI32, {-1});
+  auto out = rets.get<ffi::AnyBuffer>(0);
+  if (!call.ok() || !out.has_value() || (*out)->dimensions().size() != 2) {
+    call.check.Fail("the output is no matrix");
+    return call.Wrong();
+  }
+  const int64_t columns = (*out)->dimensions()[1];
+  const Matrix matrix = call.MatrixArg("matrix", -1, columns);
+  float* rows = static_cast<float*>(call.Ret("rows", Element::kF32, {indices.dims[0], columns}));
+  if (!call.ok()) return call.Wrong();
+  TakeRows({BestKernels(), PoolOf(threads)}, matrix, static_cast<const int32_t*>(indices.data), indices.dims[0], rows);
+  return ffi::Error::Success();
+}
+
 ffi::Error LinearHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Call call("linear", args, rets);
   const auto [x, dims] = call.X();
@@ -206,6 +223,8 @@ ffi::Error ThreadsHandler(ffi::ThreadPool threads, ffi::Result<ffi::Buffer<ffi::
   return ffi::Error::Success();
 }
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kTakeRows, TakeRowsHandler,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kLinear, LinearHandler,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
@@ -232,7 +251,7 @@ PyObject* Handlers(PyObject*, PyObject*) {
   static constexpr struct {
     const char* name;
     XLA_FFI_Handler* handler;
-  } kHandlers[] = {{"linear", kLinear}, {"dense_ffn", kDenseFfn}, {"sparse_ffn", kSparseFfn},
+  } kHandlers[] = {{"take_rows", kTakeRows}, {"linear", kLinear}, {"dense_ffn", kDenseFfn}, {"sparse_ffn", kSparseFfn},
                    {"attend", kAttend}, {"read", kRead},          {"threads", kThreads}};
   PyObject* result = PyDict_New();
   for (const auto& entry : kHandlers) {

@@ -19,6 +19,9 @@ struct Kernels {
   void (*arrange)(Type type, const float* x, int64_t n, float scale, float* arranged);
   void (*restore)(Type type, const float* arranged, int64_t n, float* x);
 
+  // A row of w in float32, scaled, in w's arrangement.
+  void (*widen)(const Matrix& w, int64_t row, float* arranged);
+
   // x = the sum of `count` arranged vectors, one every `stride` floats; the first is overwritten.
   void (*combine)(Type type, float* arranged, int64_t count, int64_t stride, int64_t n, float* x);
 

@@ -582,6 +582,11 @@ INLINE void Widen(const Matrix& w, int64_t row, int64_t begin, int64_t end, floa
   }
 }
 
+template <Type type>
+KERNEL void WidenRow(const Matrix& w, int64_t row, float* arranged) {
+  Widen<type>(w, row, 0, Arrangement<type>::Size(w.cols) / kGroup<type>, arranged);
+}
+
 // out[i][c] += sum over k of left[i][k] * right[k][c], for kNumX rows and kVectors registers of columns.
 template <int kNumX, int kVectors>
 INLINE void ProductTile(const float* left, int64_t ldl, const float* right, int64_t ldr, int64_t depth, float* out,
@@ -785,6 +790,13 @@ void CombineFor(Type type, float* sums, int64_t count, int64_t stride, int64_t n
 #undef CALL
 }
 
+void WidenOf(const Matrix& w, int64_t row, float* arranged) {
+  const Type type = w.type;
+#define CALL(t) WidenRow<t>(w, row, arranged)
+  DISPATCH(CALL)
+#undef CALL
+}
+
 void DotsOf(const Matrix& w, Rows rows, const float* x, int64_t ldx, int64_t num_x, float* out, int64_t ldo) {
   const Type type = w.type;
 #define CALL(t) Dots<t>(w, rows, x, ldx, num_x, out, ldo)
@@ -852,6 +864,7 @@ const Kernels TABLE = {
     ISA::ArrangedSizeOf,
     ISA::ArrangeFor,
     ISA::RestoreFrom,
+    ISA::WidenOf,
     ISA::CombineFor,
     ISA::DotsOf,
     ISA::AccumulateOf,

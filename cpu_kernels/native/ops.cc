@@ -354,6 +354,22 @@ void StoreAs(Type type, const float* from, int64_t n, void* to) {
 
 }  // namespace
 
+void TakeRows(const Context& context, const Matrix& w, const int32_t* indices, int64_t count, float* out) {
+  Phases phases;
+  phases.Add(count, [&](int64_t i) {
+    float* to = out + i * w.cols;
+    if (indices[i] < 0 || indices[i] >= w.rows) {
+      std::memset(to, 0, w.cols * sizeof(float));
+      return;
+    }
+    Arena::OfChunk().Begin();
+    float* arranged = Arena::OfChunk().Take<float>(context.kernels.arranged_size(w.type, w.cols));
+    context.kernels.widen(w, indices[i], arranged);
+    context.kernels.restore(w.type, arranged, w.cols, to);
+  });
+  phases.Run(context.pool);
+}
+
 void Linear(const Context& context, const float* x, int64_t num_x, const std::vector<Matrix>& weights,
             const std::vector<float*>& outs) {
   for (int64_t m = 0; m < num_x; m += kPanelVectors) {

@@ -17,6 +17,13 @@ def unavailable() -> str | None:
     return cpu_kernels.unavailable()
 
 
+def take_rows(matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:
+    """Rows of the matrix in float32. XLA would widen all of a 16-bit matrix to take some."""
+    import cpu_kernels
+
+    return cpu_kernels.take_rows(_arrays(matrix), indices, matrix.shape[1])
+
+
 def linear(x: Float[Array, "... D"], weight: Matrix) -> Float[Array, "... out"]:
     """x W^T, W (out, D)."""
     return linears(x, [weight])[0]

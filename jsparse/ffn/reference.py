@@ -12,7 +12,7 @@ from jsparse.params import FFNWeights, Predictor
 from jsparse.quantization import Matrix, dequantize, take_rows
 from jsparse.typing import Array, Bool, Float, Int
 
-__all__ = ["attend", "dense_ffn", "linear", "linears", "sparse_ffn", "unavailable"]
+__all__ = ["attend", "dense_ffn", "linear", "linears", "sparse_ffn", "take_rows", "unavailable"]
 
 _BLOCK = 128
 """Rows gathered per step of the loops over active neurons."""

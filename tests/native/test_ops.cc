@@ -186,6 +186,23 @@ struct Case {
 const Type kTypes[] = {Type::kF32, Type::kBF16, Type::kF16, Type::kI8, Type::kI4};
 const char* const kTypeNames[] = {"f32", "bf16", "f16", "i8", "i4"};
 
+void TestTakeRows(const Case& c) {
+  for (Type type : kTypes) {
+    for (int64_t cols : {1, 31, 128, 517}) {
+      const Stored w = c.random.Make(type, 9, cols);
+      const std::vector<int32_t> indices = {8, 0, -1, 9, 8};
+      std::vector<float> out(indices.size() * cols);
+      TakeRows(c.context(), w.view, indices.data(), indices.size(), out.data());
+      for (size_t i = 0; i < indices.size(); ++i) {
+        std::vector<double> wanted(cols, 0.0);
+        if (indices[i] >= 0 && indices[i] < 9) wanted.assign(w.Row(indices[i]), w.Row(indices[i]) + cols);
+        ExpectClose({out.begin() + i * cols, out.begin() + (i + 1) * cols}, wanted, 1e-6,
+                    c.name + " take_rows " + kTypeNames[static_cast<int>(type)]);
+      }
+    }
+  }
+}
+
 void TestLinear(const Case& c) {
   for (Type type : kTypes) {
     for (int64_t cols : {1, 31, 128, 517}) {
@@ -394,6 +411,7 @@ int main() {
   for (const Kernels* const* kernels = RunnableKernels(); *kernels; ++kernels) {
     Threads threads(2);
     const Case c{**kernels, threads, random, (*kernels)->name};
+    TestTakeRows(c);
     TestLinear(c);
     TestFfn(c);
     TestAttend(c);

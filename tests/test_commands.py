@@ -1,0 +1,29 @@
+"""The commands as processes: what they print, and the programs that they keep compiled."""
+
+import os
+import re
+import subprocess
+import sys
+
+
+def generate(cache, *options: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    command = [sys.executable, "-m", "jsparse", "generate", "default", ">>> 37 + 58 - 12\n", "--max-new-tokens", "30"]
+    return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=True)
+
+
+def test_generate_keeps_what_it_compiled(tmp_path):
+    first = generate(tmp_path)
+    kept = {path.name for path in (tmp_path / "jsparse").glob("*-cache")}
+    again = generate(tmp_path)
+    assert first.stdout == again.stdout
+    assert first.stdout.startswith("37 + 58 = 95\n95 - 12 = 83\nanswer 83\n")
+    assert re.search(r"\[29 tokens decoded, [\d.]+ tokens/s", again.stderr)
+    assert any("decode_chunk" in name for name in kept)
+    assert {path.name for path in (tmp_path / "jsparse").glob("*-cache")} == kept
+
+
+def test_generate_without_a_place_to_keep_it():
+    done = generate("/dev/null", "--temperature", "0.5")
+    assert done.stdout
+    assert len(done.stderr.splitlines()) == 2, done.stderr  # the end of the text's line, and the statistics
