@@ -38,7 +38,7 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard cpu_kernels/native/*)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard cpu_kernels/native/*.* cpu_kernels/native/body/*)
 INSTALL := $(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt
 
 .venv/core: .venv/bin/python $(SOURCES)

@@ -15,10 +15,13 @@ constexpr int64_t kChunkRows = kPanelRows;  // rows of a matrix a thread takes a
 constexpr int64_t kFew = 8;           // vectors that a pass over the rows takes without widening them first
 constexpr int64_t kDownRows = 32;     // rows that stay in cache while several vectors take them
 constexpr int64_t kSplit = 64;        // slots of a KV cache a thread takes at a time
-constexpr int64_t kAttendBytes = 1 << 14;  // of a KV cache that are read before the next head's
+constexpr int64_t kSlotsAtOnce = 4;   // of a KV cache, for one head after another
 constexpr int64_t kReduceColumns = 1024;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t Bytes(const Matrix& w) { return w.rows * w.stride; }
+int64_t Bytes(const Ffn& ffn) { return Bytes(ffn.gate) + Bytes(ffn.up) + Bytes(ffn.down_t); }
 
 // x arranged for the types of several matrices, each type once; many vectors stand side by side.
 class Arranged {
@@ -104,7 +107,9 @@ void LinearBlock(const Context& context, const float* x, int64_t num_x, const st
     const Matrix& w = weights[which];
     Multiply(context.kernels, w, rows, views[which], num_x, outs[which] + rows.first, w.rows);
   });
-  phases.Run(context.pool);
+  int64_t bytes = 0;
+  for (const Matrix& w : weights) bytes += Bytes(w);
+  phases.Run(context.pool, bytes * CeilDiv(num_x, kFew));
 }
 
 float Phi(const FfnSpec& spec, float gate) {
@@ -175,7 +180,7 @@ void DenseFfnFew(const Context& context, const float* x, int64_t num_x, const Ff
     }
   });
   sums.AddPhase(phases, y);
-  phases.Run(context.pool);
+  phases.Run(context.pool, Bytes(ffn));
 }
 
 void DenseFfnBlock(const Context& context, const float* x, int64_t num_x, const Ffn& ffn, const FfnSpec& spec,
@@ -208,7 +213,7 @@ void DenseFfnBlock(const Context& context, const float* x, int64_t num_x, const 
     float* panel = own.Take<float>(kernels.panel_size);
     kernels.multiply_columns(ffn.down_t, column, hidden, num_neurons, num_x, panel, y + column, width);
   });
-  phases.Run(context.pool);
+  phases.Run(context.pool, Bytes(ffn) * CeilDiv(num_x, kFew));
 }
 
 // The predictor's features of every token, as the scores' kernel wants them: whole numbers where b has few bits.
@@ -313,7 +318,8 @@ void SparseFfnFew(const Context& context, const float* x, int64_t num_x, const F
     }
   });
   sums.AddPhase(phases, y);
-  phases.Run(context.pool);
+  // A share of the FFN's rows that is typical of what a predictor lets through.
+  phases.Run(context.pool, Bytes(predictor.a) + Bytes(predictor.b) + num_x * Bytes(ffn) / 8);
   for (int64_t i = 0; i < num_x * 2; ++i) {
     counts[i] = 0;
     for (int64_t slot = 0; slot < kSlots; ++slot) counts[i] += slot_counts[slot * num_x * 2 + i];
@@ -367,7 +373,7 @@ void TakeRows(const Context& context, const Matrix& w, const int32_t* indices, i
     context.kernels.widen(w, indices[i], arranged);
     context.kernels.restore(w.type, arranged, w.cols, to);
   });
-  phases.Run(context.pool);
+  phases.Run(context.pool, count * w.stride);
 }
 
 void Linear(const Context& context, const float* x, int64_t num_x, const std::vector<Matrix>& weights,
@@ -403,7 +409,6 @@ void Attend(const Context& context, const Attention& shape, const float* q, cons
   const int64_t head = shape.head_dim, group = shape.num_heads / shape.num_kv_heads;
   const int64_t head_bytes = RowBytes(type, head), slot_bytes = shape.num_kv_heads * head_bytes;
   const int64_t size = kernels.arranged_size(type, head), splits = CeilDiv(shape.slots, kSplit);
-  const int64_t block = std::clamp<int64_t>(kAttendBytes / slot_bytes / 4 * 4, 4, kSplit);
   Arena& arena = Arena::OfCall();
   arena.Begin();
   float* queries = arena.Take<float>(shape.batch * shape.num_heads * size);
@@ -436,9 +441,9 @@ void Attend(const Context& context, const Attention& shape, const float* q, cons
     float* scores = own.Take<float>(shape.num_heads * count);
     // A few slots of all heads at a time: the cache is read front to back.
     const auto for_blocks = [&](const void* cache, auto body) {
-      for (int64_t i = 0; i < count; i += block) {
-        const Rows rows{nullptr, first + i, std::min(block, count - i)};
-        const int64_t ahead = i + block < count ? block * slot_bytes : 0;
+      for (int64_t i = 0; i < count; i += kSlotsAtOnce) {
+        const Rows rows{nullptr, first + i, std::min(kSlotsAtOnce, count - i)};
+        const int64_t ahead = i + kSlotsAtOnce < count ? kSlotsAtOnce * slot_bytes : 0;
         for (int64_t kv = 0; kv < shape.num_kv_heads; ++kv) {
           const uint8_t* data = static_cast<const uint8_t*>(cache) + b * shape.slots * slot_bytes + kv * head_bytes;
           body(Matrix{type, data, nullptr, shape.slots, head, slot_bytes, ahead}, rows, i, kv * group);
@@ -483,7 +488,9 @@ void Attend(const Context& context, const Attention& shape, const float* q, cons
     for (int64_t i = 0; i < size; ++i) sum[i] /= total;
     kernels.restore(type, sum, head, out + chunk * head);
   });
-  phases.Run(context.pool);
+  int64_t filled = 0;
+  for (int64_t b = 0; b < shape.batch; ++b) filled += std::min<int64_t>(shape.slots, int64_t{position[b]} + 1);
+  phases.Run(context.pool, 2 * filled * slot_bytes);
 }
 
 uint64_t ReadAll(const Context& context, const void* data, int64_t bytes) {
@@ -494,7 +501,7 @@ uint64_t ReadAll(const Context& context, const void* data, int64_t bytes) {
     const int64_t begin = chunk * kPiece;
     total += context.kernels.read(static_cast<const uint8_t*>(data) + begin, std::min(kPiece, bytes - begin));
   });
-  phases.Run(context.pool);
+  phases.Run(context.pool, bytes);
   return total;
 }
 

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kSmallestBlock = 1 << 16;
+constexpr int64_t kWorthAThread = 1 << 17;
 constexpr int kSpins = 20000;  // then give the core away
 
 inline void Pause() {
@@ -55,10 +56,10 @@ void Phases::Add(int64_t chunks, Body body) {
   state_->phases.push_back(std::make_unique<State::Phase>(chunks, std::move(body)));
 }
 
-void Phases::Run(const Pool& pool) {
+void Phases::Run(const Pool& pool, int64_t bytes) {
   int64_t most = 0;
   for (const auto& phase : state_->phases) most = std::max(most, phase->chunks);
-  const int64_t helpers = std::min(pool.num_threads, most) - 1;
+  const int64_t helpers = std::min({pool.num_threads, most, bytes / kWorthAThread}) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.schedule([state = state_] { state->Work(); });
   state_->Work();
 }

@@ -24,8 +24,9 @@ class Phases {
 
   Phases();
   void Add(int64_t chunks, Body body);
-  // Returns when every chunk is done. Called once.
-  void Run(const Pool& pool);
+  // Returns when every chunk is done. Called once. `bytes` is about what the phases read together: a thread is not
+  // woken for less than it could read meanwhile.
+  void Run(const Pool& pool, int64_t bytes);
 
  private:
   struct State;

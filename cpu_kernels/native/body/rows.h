@@ -1,0 +1,253 @@
+// Products of a matrix's rows with few vectors, and sums of its rows: each row is read once, from memory. A part of
+// kernels_body.h.
+
+// The rows of one step, and what to fetch meanwhile: the bytes kAhead further on in the same rows, and at their end the
+// first of the rows that come next.
+template <int kRows>
+struct Cursor {
+  const uint8_t* rows[kRows];
+  const uint8_t* next[kRows];
+  float scale[kRows];
+  bool has_next;
+
+  INLINE Cursor(const Matrix& w, const Rows& list, int64_t i) {
+    has_next = i + 2 * kRows <= list.count;
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = list[i + r];
+      rows[r] = w.Row(row);
+      scale[r] = w.scale ? w.scale[row] : 1.0f;
+      next[r] = has_next ? w.Row(list[i + kRows + r]) : rows[r];
+    }
+    if (w.ahead) {
+      has_next = true;
+      for (int r = 0; r < kRows; ++r) next[r] = rows[r] + w.ahead;
+    }
+  }
+};
+
+constexpr int64_t kAhead = 2048;
+
+// Hands the rows to sum.Take, kBytes of each at a time, the last with zeros behind the row's end: nothing past it is read.
+template <int kRows, class Sum>
+INLINE void Walk(const Cursor<kRows>& at, int64_t row_bytes, Sum& sum) {
+  const uint8_t* from[kRows];
+  const int64_t bytes = row_bytes / kBytes * kBytes, turn = bytes > kAhead ? bytes - kAhead : 0;
+  int64_t offset = 0;
+  _Pragma("GCC unroll 2")
+  for (; offset < turn; offset += kBytes) {
+    UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      from[r] = at.rows[r] + offset;
+      if (kBytes == kCacheLine || offset % kCacheLine == 0) __builtin_prefetch(from[r] + kAhead, 0, 3);
+    }
+    sum.Take(from);
+  }
+  _Pragma("GCC unroll 2")
+  for (; offset < bytes; offset += kBytes) {
+    UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      from[r] = at.rows[r] + offset;
+      if (at.has_next && (kBytes == kCacheLine || offset % kCacheLine == 0)) {
+        __builtin_prefetch(at.next[r] + offset - turn, 0, 3);
+      }
+    }
+    sum.Take(from);
+  }
+  if (offset < row_bytes) {
+    alignas(kBytes) uint8_t tail[kRows][kBytes] = {};
+    UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      memcpy(tail[r], at.rows[r] + offset, row_bytes - offset);
+      from[r] = tail[r];
+    }
+    sum.Take(from);
+  }
+}
+
+// Products of kRows rows with kNumX vectors.
+template <Type type, int kRows, int kNumX>
+struct DotSum {
+  static constexpr int kParts = Packed<type>::kParts;
+  // Separate sums where there would be few, so that no addition waits for the one before.
+  static constexpr int kMost = kRows * kNumX > 4 ? 1 : kRows * kNumX > 1 ? 2 : 4;
+  static constexpr int kSets = kParts < kMost ? kParts : kMost;
+
+  const float* x;
+  int64_t ldx;
+  vf total[kSets][kRows][kNumX] = {};
+
+  INLINE DotSum(const float* x, int64_t ldx) : x(x), ldx(ldx) {}
+
+  INLINE void Take(const uint8_t* const (&from)[kRows]) {
+    UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      vf value[kNumX];
+      UNROLL
+      for (int m = 0; m < kNumX; ++m) value[m] = Load<vf>(x + m * ldx + part * kLanes);
+      UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const vf weight = Packed<type>::Part(from[r], part);
+        UNROLL
+        for (int m = 0; m < kNumX; ++m) total[part % kSets][r][m] += weight * value[m];
+      }
+    }
+    x += kGroup<type>;
+  }
+
+  // sums[r] = the product of row r with vector m.
+  INLINE void Finish(int m, float (&sums)[kRows]) const {
+    vf sum[kRows];
+    UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      sum[r] = total[0][r][m];
+      UNROLL
+      for (int s = 1; s < kSets; ++s) sum[r] += total[s][r][m];
+    }
+    if constexpr (kRows == 4) {
+      Sum4(sum, sums);
+    } else {
+      UNROLL
+      for (int r = 0; r < kRows; ++r) sums[r] = Sum(sum[r]);
+    }
+  }
+};
+
+template <Type type, int kRows, int kNumX>
+KERNEL void TileInto(const Cursor<kRows>& at, const float* x, int64_t ldx, int64_t n, float* out, int64_t ldo) {
+  DotSum<type, kRows, kNumX> sum(x, ldx);
+  Walk(at, RowBytes(type, n), sum);
+  UNROLL
+  for (int m = 0; m < kNumX; ++m) {
+    float* to = out + m * ldo;
+    float sums[kRows];
+    sum.Finish(m, sums);
+    UNROLL
+    for (int r = 0; r < kRows; ++r) to[r] = sums[r] * at.scale[r];
+  }
+}
+
+// kRows rows times every vector, TILE at a time.
+template <Type type, int kRows>
+KERNEL void TileAll(const Cursor<kRows>& at, const float* x, int64_t ldx, int64_t num_x, int64_t n, float* out,
+                    int64_t ldo) {
+  int64_t m = 0;
+  for (; m + TILE <= num_x; m += TILE) {
+    TileInto<type, kRows, TILE>(at, x + m * ldx, ldx, n, out + m * ldo, ldo);
+  }
+  const float* rest = x + m * ldx;
+  float* to = out + m * ldo;
+  switch (num_x - m) {
+    case 1: return TileInto<type, kRows, 1>(at, rest, ldx, n, to, ldo);
+    case 2: return TileInto<type, kRows, 2>(at, rest, ldx, n, to, ldo);
+#if TILE > 3
+    case 3: return TileInto<type, kRows, 3>(at, rest, ldx, n, to, ldo);
+    case 4: return TileInto<type, kRows, 4>(at, rest, ldx, n, to, ldo);
+    case 5: return TileInto<type, kRows, 5>(at, rest, ldx, n, to, ldo);
+#endif
+  }
+}
+
+template <Type type>
+KERNEL void Dots(const Matrix& w, Rows list, const float* x, int64_t ldx, int64_t num_x, float* out, int64_t ldo) {
+  int64_t i = 0;
+  // One row after another is one sequential stream, which memory likes best; scattered rows want several under way.
+  const bool stream = !list.list && !w.ahead && num_x == 1;
+  for (; !stream && i + kRowsAtOnce <= list.count; i += kRowsAtOnce) {
+    TileAll<type, kRowsAtOnce>(Cursor<kRowsAtOnce>(w, list, i), x, ldx, num_x, w.cols, out + i, ldo);
+  }
+  for (; i < list.count; ++i) TileAll<type, 1>(Cursor<1>(w, list, i), x, ldx, num_x, w.cols, out + i, ldo);
+}
+
+// Adds kRows rows, each times its coefficient, to a vector in the rows' arrangement.
+template <Type type, int kRows>
+struct AddTo {
+  float* sum;
+  vf coefficient[kRows];
+
+  INLINE void Take(const uint8_t* const (&from)[kRows]) {
+    UNROLL
+    for (int part = 0; part < Packed<type>::kParts; ++part, sum += kLanes) {
+      vf total = Load<vf>(sum);
+      UNROLL
+      for (int r = 0; r < kRows; ++r) total += coefficient[r] * Packed<type>::Part(from[r], part);
+      Store(sum, total);
+    }
+  }
+};
+
+template <Type type, int kRows>
+INLINE void AddRows(const Matrix& w, const Rows& list, int64_t i, const float* coefficients, float* sum) {
+  const Cursor<kRows> at(w, list, i);
+  AddTo<type, kRows> to;
+  to.sum = sum;
+  UNROLL
+  for (int r = 0; r < kRows; ++r) to.coefficient[r] = Splat(coefficients[i + r] * at.scale[r]);
+  Walk(at, RowBytes(type, w.cols), to);
+}
+
+template <Type type>
+KERNEL void Accumulate(const Matrix& w, Rows list, const float* coefficients, float* sum) {
+  int64_t i = 0;
+  for (; i + kRowsAtOnce <= list.count; i += kRowsAtOnce) AddRows<type, kRowsAtOnce>(w, list, i, coefficients, sum);
+  for (; i < list.count; ++i) AddRows<type, 1>(w, list, i, coefficients, sum);
+}
+
+// sums[x] += sum over rows of p[x][row] * row, for kNumX vectors of coefficients and kRegisters registers of the rows.
+template <Type type, int kNumX, int kRegisters>
+INLINE void WeightedTile(const uint8_t* row, int64_t rows, int64_t stride, int64_t ahead, const float* p, int64_t ldp,
+                         float* sums, int64_t lds) {
+  constexpr int kParts = Packed<type>::kParts;
+  vf total[kNumX][kRegisters * kParts];
+  UNROLL
+  for (int m = 0; m < kNumX; ++m) {
+    UNROLL
+    for (int v = 0; v < kRegisters * kParts; ++v) total[m][v] = Load<vf>(sums + m * lds + v * kLanes);
+  }
+  for (int64_t i = 0; i < rows; ++i, row += stride) {
+    vf weight[kNumX];
+    UNROLL
+    for (int m = 0; m < kNumX; ++m) weight[m] = Splat(p[m * ldp + i]);
+    UNROLL
+    for (int g = 0; g < kRegisters; ++g) {
+      if (ahead && (kBytes == kCacheLine || g * kBytes % kCacheLine == 0)) {
+        __builtin_prefetch(row + ahead + g * kBytes, 0, 3);
+      }
+      UNROLL
+      for (int part = 0; part < kParts; ++part) {
+        const vf value = Packed<type>::Part(row + g * kBytes, part);
+        UNROLL
+        for (int m = 0; m < kNumX; ++m) total[m][g * kParts + part] += weight[m] * value;
+      }
+    }
+  }
+  UNROLL
+  for (int m = 0; m < kNumX; ++m) {
+    UNROLL
+    for (int v = 0; v < kRegisters * kParts; ++v) Store(sums + m * lds + v * kLanes, total[m][v]);
+  }
+}
+
+template <Type type>
+KERNEL void Weighted(const Matrix& w, Rows list, const float* p, int64_t ldp, int64_t num_x, float* sums,
+                     int64_t lds) {
+  constexpr int kRegisters = 4;
+  constexpr int kNumX = TILE == 6 ? 2 : 1;  // times the parts of four registers
+  const int64_t block = kRegisters * kBytes, row_bytes = RowBytes(type, w.cols);
+  if (row_bytes % block) {
+    for (int64_t m = 0; m < num_x; ++m) Accumulate<type>(w, list, p + m * ldp, sums + m * lds);
+    return;
+  }
+  for (int64_t at = 0; at < row_bytes; at += block) {
+    const uint8_t* row = w.Row(list.first) + at;
+    float* to = sums + at / kBytes * kGroup<type>;
+    int64_t m = 0;
+    for (; m + kNumX <= num_x; m += kNumX) {
+      WeightedTile<type, kNumX, kRegisters>(row, list.count, w.stride, m ? 0 : w.ahead, p + m * ldp, ldp,
+                                            to + m * lds, lds);
+    }
+    for (; m < num_x; ++m) {
+      WeightedTile<type, 1, kRegisters>(row, list.count, w.stride, m ? 0 : w.ahead, p + m * ldp, ldp, to + m * lds,
+                                        lds);
+    }
+  }
+}
