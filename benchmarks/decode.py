@@ -3,7 +3,7 @@
 Random weights with the published sparsity, one sequence, context 1,100, at two operating points: the published one
 (16-bit predictor) and ours (4 bits at a quarter of the width). jsparse dense and sparse in bfloat16 and int8, llama.cpp
 in bf16 and q8_0 on the same shapes, and transformers in PyTorch bfloat16 take turns. A part of the layers lets all of
-them fit in memory together; `--layers 0` runs jsparse alone at full depth.
+them fit in memory together; `--layers 0 --others` runs jsparse alone at full depth.
 """
 
 import argparse
@@ -31,8 +31,11 @@ from jsparse.generation import DecodeState, Model, Sampling, bucket, decode_chun
 from jsparse.quantization import Matrix
 
 CONTEXT = 1100
-TOKENS = 16
+TOKENS = 8
 """Tokens a turn decodes."""
+OTHERS = ("llama.cpp-bf16", "llama.cpp-q8_0", "transformers-bf16")
+BYTES = {"bf16": 2.0, "q8_0": 34 / 32}
+"""Per element."""
 
 
 @dataclasses.dataclass
@@ -111,7 +114,7 @@ class JsparseEngine:
         total = partial(sum_bytes, self._weights)
         ffn = sum(sum_bytes(self._weights[f"layers_{i}"]["ffn"]) for i in range(config.num_layers))
         other = total() - ffn - (0 if config.tie_embeddings else sum_bytes(self._weights["embed"]))
-        cache = sum_bytes(self._caches[0]) / self._caches[0][0][0].shape[1] * CONTEXT
+        cache = cache_bytes(self._caches[0])
         if self._predictors is None:
             return Engine(self.run, other + cache + ffn)
         predicted, active = self._counts / config.num_layers / config.intermediate_size
@@ -121,6 +124,18 @@ class JsparseEngine:
 
 def sum_bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def cache_bytes(caches: tuple) -> float:
+    """Of the slots that a token at the context reads."""
+    return sum_bytes(caches) / caches[0][0].shape[1] * CONTEXT
+
+
+def elements(config: jsparse.ModelConfig) -> int:
+    """Of all matrices that a dense decode step multiplies with."""
+    shapes = weight_shapes(config)
+    unread = () if config.tie_embeddings else ("embed",)
+    return sum(s.size for name in shapes if name not in unread for s in jax.tree.leaves(shapes[name]) if s.ndim == 2)
 
 
 def random_caches(config: jsparse.ModelConfig) -> tuple:
@@ -133,10 +148,10 @@ def random_caches(config: jsparse.ModelConfig) -> tuple:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
-    parser.add_argument("--layers", type=int, default=8, help="layers of each model; 0 for all, and jsparse alone")
+    parser.add_argument("--layers", type=int, default=8, help="layers of each model; 0 for all of them")
     parser.add_argument("--dtype", choices=("bfloat16", "int8"), nargs="+", default=["bfloat16", "int8"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--alone", action="store_true", help="leave llama.cpp and transformers out")
+    parser.add_argument("--others", choices=OTHERS, nargs="*", default=OTHERS, help="engines beside jsparse; or none")
+    parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     probe, results = BandwidthProbe(), []
     for shape in args.shape:
@@ -147,11 +162,11 @@ def main() -> None:
             ffn_kind="fatrelu",
             ffn_threshold=random_models.threshold(),
         )
-        results += measure(shape, config, args.dtype, args.rounds, probe, alone=args.alone or not args.layers)
+        results += measure(shape, config, args.dtype, args.others, args.rounds, probe)
     print_json(results)
 
 
-def measure(shape, config, dtypes, rounds, probe, *, alone: bool) -> list[dict]:
+def measure(shape, config, dtypes, others, rounds, probe) -> list[dict]:
     """The rows of one shape."""
     points = random_models.operating_points(shape, config)
     layer = random_models.random_layer(config, points[0].rank)
@@ -163,13 +178,13 @@ def measure(shape, config, dtypes, rounds, probe, *, alone: bool) -> list[dict]:
             name = "jsparse" if point is None else f"jsparse, {point.name}"
             made = JsparseEngine(config, weights, caches, layer, point)
             engines[name, "sparse" if point else "dense", dtype] = made.engine()
-    if not alone:
+    if others:
         from benchmarks import other_engines
 
-        dense = {dtype: engines["jsparse", "dense", dtype].read for dtype in dtypes}
-        for name, dtype, run in other_engines.engines(config, dtypes, CONTEXT, TOKENS):
-            read = dense.get("int8" if dtype == "q8_0" else "bfloat16", next(iter(dense.values())))
-            engines[name, "dense", dtype] = Engine(run, read * (34 / 32 if dtype == "q8_0" else 1))
+        for other in others:
+            name, dtype = other.split("-")
+            run = other_engines.make(name, dtype, config, CONTEXT, TOKENS).run
+            engines[name, "dense", dtype] = Engine(run, elements(config) * BYTES[dtype] + cache_bytes(caches[0]))
     timings = interleave({key: engine.run for key, engine in engines.items()}, rounds, probe)
     timings = {key: [value / TOKENS for value in values] for key, values in timings.items()}
     rows = [
@@ -192,17 +207,20 @@ def measure(shape, config, dtypes, rounds, probe, *, alone: bool) -> list[dict]:
 
 
 def print_speedups(engines: dict, timings: dict) -> None:
-    """How many times faster each jsparse row is than each dense row of its round, and what the bytes allow."""
-    median = {key: statistics.median(values) for key, values in timings.items()}
+    """How many times faster each jsparse row is than each dense row: median of the rounds, and what the bytes allow."""
     dense = [key for key in engines if key[1] == "dense"]
-    table = Table(title="times faster (limit by bytes read)")
+    table = Table(title="times faster than (limit by bytes read)")
     for column in ("", *(f"{name} {dtype}" for name, _, dtype in dense)):
         table.add_column(column, justify="right")
     for key, engine in engines.items():
-        if key[0].startswith("jsparse"):
-            cells = [f"{median[other] / median[key]:.2f} ({engines[other].read / engine.read:.2f})" for other in dense]
-            table.add_row(f"{key[0]}, {key[1]} {key[2]}", *cells)
-    Console(width=120).print(table)
+        if not key[0].startswith("jsparse"):
+            continue
+        cells = []
+        for other in dense:
+            faster = statistics.median(theirs / ours for theirs, ours in zip(timings[other], timings[key]))
+            cells.append(f"{faster:.2f} ({engines[other].read / engine.read:.2f})")
+        table.add_row(f"{key[0]}, {key[1]} {key[2]}", *cells)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

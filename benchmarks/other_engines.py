@@ -3,7 +3,6 @@
 import ctypes
 import os
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,9 @@ import jsparse
 from benchmarks.report import seconds
 
 
-def engines(
-    config: jsparse.ModelConfig, dtypes: list[str], context: int, tokens: int
-) -> Iterator[tuple[str, str, Callable[[], float]]]:
-    """(name, dtype, run): `run` decodes that many tokens around that context and returns the seconds."""
-    for dtype in dtypes:
-        name = {"bfloat16": "bf16", "int8": "q8_0"}[dtype]
-        yield "llama.cpp", name, LlamaCpp(config, name, context, tokens).run
-    if "bfloat16" in dtypes:
-        yield "transformers", "bfloat16", Transformers(config, context, tokens).run
+def make(name: str, dtype: str, config: jsparse.ModelConfig, context: int, tokens: int) -> "LlamaCpp | Transformers":
+    """An engine whose `run` decodes that many tokens around that context and returns the seconds."""
+    return LlamaCpp(config, dtype, context, tokens) if name == "llama.cpp" else Transformers(config, context, tokens)
 
 
 class LlamaCpp:

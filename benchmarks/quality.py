@@ -1,4 +1,4 @@
-"""What sparsity costs the shipped model: `python -m benchmarks.quality [--quick]`.
+"""What sparsity costs the shipped model: `python -m benchmarks.quality [--no-grid] [--dtype int8]`.
 
 Every row is measured on the deployed path: the executor's `sparse_ffn` on every held-out token, and free generation
 of arithmetic solutions.
@@ -19,7 +19,7 @@ from rich.table import Table
 import jsparse
 from jsparse.calibrate import default_texts
 from jsparse.calibration_options import CalibrationOptions
-from jsparse.checkpoint import DEFAULT_MODEL
+from jsparse.checkpoint import DEFAULT_MODEL, DTYPES
 from jsparse.decoder import Decoder
 from jsparse.ffn import FFNSpec
 from jsparse.ffn.select import select_executor
@@ -104,8 +104,11 @@ def measure(params: jsparse.Params, rows: np.ndarray, problems: list[dict], refe
     }
 
 
-def configurations(hidden_size: int, sparsities: list[float], quick: bool) -> list[tuple[str, CalibrationOptions]]:
-    """Our recipe over the grid, and the paper's at 16 bits: with its early stop, and at the same skip share as ours."""
+def configurations(hidden_size: int, sparsities: list[float], grid: bool) -> list[tuple[str, CalibrationOptions]]:
+    """Our recipe over the grid, and the paper's at 16 bits: with its early stop, and at the same skip share as ours.
+
+    Without `grid`, the paper's without its early stop at the last sparsity, and our default.
+    """
     ours = [
         ("ours", CalibrationOptions(rank=hidden_size // share, bits=bits, sparsity=s))
         for s in sparsities
@@ -117,7 +120,7 @@ def configurations(hidden_size: int, sparsities: list[float], quick: bool) -> li
         for name, rule in (("paper, early stop", "stop"), ("paper", "spare"))
         for s in sparsities
     ]
-    if quick:
+    if not grid:
         return [paper[-1], ("ours", CalibrationOptions())]
     return [*paper, *ours]
 
@@ -125,10 +128,12 @@ def configurations(hidden_size: int, sparsities: list[float], quick: bool) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two configurations on a part of the data")
+    parser.add_argument("--no-grid", dest="grid", action="store_false", help="two configurations on all of the data")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
     parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES, help="rows of the table to measure")
     parser.add_argument("--model", default="default", help="a checkpoint with the shipped model's tokenizer")
     args = parser.parse_args()
-    params = jsparse.load(args.model)
+    params = jsparse.load(args.model, dtype=args.dtype)
     rows = held_out_rows(params, 8 if args.quick else 40)
     problems = read_lines("held_out_arithmetic.jsonl")[: 50 if args.quick else 500]
     texts = default_texts("default")
@@ -136,7 +141,7 @@ def main() -> None:
     dense = measure(params, rows, problems, None)
     log_p = dense.pop("log_p")
     results = [{"recipe": "dense", **dense}]
-    grid = configurations(params.config.hidden_size, args.sparsity, args.quick)
+    grid = configurations(params.config.hidden_size, args.sparsity, args.grid and not args.quick)
     for recipe, options in track(grid, "measuring", console=Console(stderr=True)):
         fitted = jsparse.fit_predictors(params, texts, **dataclasses.asdict(options))
         row = measure(fitted, rows, problems, log_p)

@@ -87,7 +87,7 @@ def print_rows(title: str, rows: Sequence[dict]) -> None:
     for r in rows:
         numbers = (f"{r['predicted']:.0%}", f"{r['active']:.0%}", f"{r['ms']:.2f}", f"{r['gbps']:.1f}")
         table.add_row(*(r[key] for key in KEYS[:4]), *numbers, f"{r['share_of_limit']:.0%}")
-    Console(width=120).print(table)
+    Console(width=130).print(table)
 
 
 def print_json(rows: Sequence[dict]) -> None:
