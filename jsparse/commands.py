@@ -43,7 +43,7 @@ def _keep_compiled_programs() -> None:
     except OSError:
         return  # a home that cannot be written costs the time to compile
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _fail(message: str, code: int) -> int:
