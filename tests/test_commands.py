@@ -26,4 +26,5 @@ def test_generate_keeps_what_it_compiled(tmp_path):
 def test_generate_without_a_place_to_keep_it():
     done = generate("/dev/null", "--temperature", "0.5")
     assert done.stdout
-    assert len(done.stderr.splitlines()) == 2, done.stderr  # the end of the text's line, and the statistics
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("executor: xla")]
+    assert len(lines) == 2, done.stderr  # the end of the text's line, and the statistics
