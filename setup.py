@@ -1,8 +1,9 @@
 """The native extension; everything else about the package is in pyproject.toml.
 
-Without a compiler the install succeeds all the same and the XLA executor is used.
+Without a compiler the install succeeds all the same; jsparse then computes with XLA, and says so when it first does.
 """
 
+import os
 import sys
 from glob import glob
 
@@ -20,6 +21,8 @@ class BuildNative(build_ext):
             ext.include_dirs.append(f"{jaxlib.__path__[0]}/include")
             super().build_extension(ext)
         except Exception as error:
+            for stale in glob("cpu_kernels/_native*.so"):
+                os.remove(stale)
             reason = str(error).partition("\n")[0]
             print(f"jsparse: the native CPU kernels were not built, XLA will be used: {reason}", file=sys.stderr)
 
@@ -34,6 +37,7 @@ setup(
             extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,
+            optional=True,
         )
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -46,7 +46,7 @@ def num_threads() -> jax.Array:
 
 
 def take_rows(matrix: Matrix, indices: jax.Array, columns: int) -> jax.Array:
-    """Rows of a matrix (rows, columns) in float32, (n, columns), for indices (n,); an index outside gives zeros."""
+    """Rows of a matrix (rows, columns) in float32, (n, columns), for indices (n,); one outside gives zeros."""
     out = jax.ShapeDtypeStruct((indices.shape[0], columns), jnp.float32)
     return _call("take_rows", out)(indices.astype(jnp.int32), *_flatten([matrix]))
 
@@ -131,7 +131,9 @@ def attend(
     ]
     call = _call("attend", outs, input_output_aliases={4: 1, 5: 2})
     q, k, v = map(_float32, (q, k, v))
-    return tuple(call(q, k, v, position.astype(jnp.int32), keys, values, window=np.int64(window or 2**62)))
+    return tuple(
+        call(q, k, v, position.astype(jnp.int32), keys, values, window=np.int64(2**62 if window is None else window))
+    )
 
 
 @jax.jit

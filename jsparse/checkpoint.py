@@ -189,7 +189,8 @@ def _load_directory(path: Path, dtype: str | None) -> Params:
 
 def _cast(node: dict[str, Any], dtype: str) -> None:
     """Store every matrix below in another dtype, one at a time in place, as the converter would have."""
-    for name, child in node.items():
+    for name in list(node):
+        child = node[name]
         if isinstance(child, dict):
             _cast(child, dtype)
         elif isinstance(child, FFNWeights):

@@ -66,6 +66,27 @@ def matrices(width=16, neurons=24):
             ),
             "attend: position 0 is negative",
         ),
+        (
+            lambda x, g, u, d: cpu_kernels.attend(
+                jnp.ones((1, 2, 8)),
+                *[jnp.ones((1, 2, 8))] * 2,
+                jnp.zeros(1, jnp.int32),
+                *[jnp.ones((1, 4, 2, 8))] * 2,
+                window=0,
+            ),
+            "attend: window is 0, expected at least 1",
+        ),
+        (
+            lambda x, g, u, d: jax.ffi.ffi_call("jsparse_cpu_linear", jax.ShapeDtypeStruct((1, 1), jnp.float32))(),
+            "linear: x is missing",
+        ),
+        (
+            lambda x, g, u, d: jax.ffi.ffi_call("jsparse_cpu_linear", [jax.ShapeDtypeStruct((2, 24), jnp.float32)] * 2)(
+                x, g, jnp.zeros(0)
+            ),
+            "linear: there are more operands or results than it has",
+        ),
+        (lambda x, g, u, d: cpu_kernels.read(jnp.zeros(8, jnp.int4)), "read: data is of another type"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):

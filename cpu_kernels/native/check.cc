@@ -12,6 +12,7 @@ const char* Name(Element element) {
     case Element::kI8: return "int8";
     case Element::kU8: return "uint8";
     case Element::kI32: return "int32";
+    case Element::kU32: return "uint32";
     case Element::kOther: break;
   }
   return "another type";
@@ -20,7 +21,8 @@ const char* Name(Element element) {
 int64_t Size(Element element) {
   switch (element) {
     case Element::kF32:
-    case Element::kI32: return 4;
+    case Element::kI32:
+    case Element::kU32: return 4;
     case Element::kBF16:
     case Element::kF16: return 2;
     default: return 1;

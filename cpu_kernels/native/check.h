@@ -10,7 +10,7 @@
 
 namespace jsparse {
 
-enum class Element : int { kF32, kBF16, kF16, kI8, kU8, kI32, kOther };
+enum class Element : int { kF32, kBF16, kF16, kI8, kU8, kI32, kU32, kOther };
 
 struct Buffer {
   std::string name;

@@ -27,6 +27,7 @@ Element ElementOf(ffi::DataType type) {
     case ffi::DataType::S8: return Element::kI8;
     case ffi::DataType::U8: return Element::kU8;
     case ffi::DataType::S32: return Element::kI32;
+    case ffi::DataType::U32: return Element::kU32;
     default: return Element::kOther;
   }
 }
@@ -78,9 +79,14 @@ class Call {
     return {static_cast<const float*>(x.data), x.dims.size() == 2 ? x.dims : std::vector<int64_t>{0, 0}};
   }
 
-  size_t matrices_left() const { return (args_.size() - next_arg_) / 2; }
+  size_t matrices_left() const { return args_.size() > next_arg_ ? (args_.size() - next_arg_) / 2 : 0; }
   ffi::Error Wrong() const { return ffi::Error::InvalidArgument(check.message()); }
   bool ok() const { return check.message().empty(); }
+  // To be called when every operand and result has been taken.
+  bool complete() {
+    if (args_.size() > next_arg_ || rets_.size() > next_ret_) check.Fail("there are more operands or results than it has");
+    return ok();
+  }
 
   Checker check;
 
@@ -107,14 +113,12 @@ ffi::Error TakeRowsHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi
   const Buffer indices = call.Arg("indices");
   call.check.Expect(indices, Element::kI32, {-1});
   auto out = rets.get<ffi::AnyBuffer>(0);
-  if (!call.ok() || !out.has_value() || (*out)->dimensions().size() != 2) {
-    call.check.Fail("the output is no matrix");
-    return call.Wrong();
-  }
+  if (!out.has_value() || (*out)->dimensions().size() != 2) call.check.Fail("the output is no matrix");
+  if (!call.ok()) return call.Wrong();
   const int64_t columns = (*out)->dimensions()[1];
   const Matrix matrix = call.MatrixArg("matrix", -1, columns);
   float* rows = static_cast<float*>(call.Ret("rows", Element::kF32, {indices.dims[0], columns}));
-  if (!call.ok()) return call.Wrong();
+  if (!call.complete()) return call.Wrong();
   TakeRows({BestKernels(), PoolOf(threads)}, matrix, static_cast<const int32_t*>(indices.data), indices.dims[0], rows);
   return ffi::Error::Success();
 }
@@ -122,6 +126,7 @@ ffi::Error TakeRowsHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi
 ffi::Error LinearHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Call call("linear", args, rets);
   const auto [x, dims] = call.X();
+  if (!call.ok()) return call.Wrong();
   std::vector<Matrix> weights;
   std::vector<float*> outs;
   const size_t count = call.matrices_left();
@@ -130,7 +135,7 @@ ffi::Error LinearHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::
     outs.push_back(static_cast<float*>(
         call.Ret("output " + std::to_string(i), Element::kF32, {dims[0], weights.back().rows})));
   }
-  if (!call.ok()) return call.Wrong();
+  if (!call.complete()) return call.Wrong();
   if (count) Linear({BestKernels(), PoolOf(threads)}, x, dims[0], weights, outs);
   return ffi::Error::Success();
 }
@@ -139,10 +144,11 @@ ffi::Error DenseFfnHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi
                            float threshold) {
   Call call("dense_ffn", args, rets);
   const auto [x, dims] = call.X();
+  if (!call.ok()) return call.Wrong();
   const Ffn ffn = FfnArgs(call, dims[1]);
   float* y = static_cast<float*>(call.Ret("y", Element::kF32, dims));
   if (kind < 0 || kind > 3) call.check.Fail("kind is " + std::to_string(kind) + ", expected 0 to 3");
-  if (!call.ok()) return call.Wrong();
+  if (!call.complete()) return call.Wrong();
   const FfnSpec spec{static_cast<FfnKind>(kind), threshold, false};
   DenseFfn({BestKernels(), PoolOf(threads)}, x, dims[0], ffn, spec, y);
   return ffi::Error::Success();
@@ -152,6 +158,7 @@ ffi::Error SparseFfnHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ff
                             float threshold, bool parallel) {
   Call call("sparse_ffn", args, rets);
   const auto [x, dims] = call.X();
+  if (!call.ok()) return call.Wrong();
   const Ffn ffn = FfnArgs(call, dims[1]);
   Predictor predictor;
   predictor.a = call.MatrixArg("a", -1, dims[1]);
@@ -160,7 +167,7 @@ ffi::Error SparseFfnHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ff
   float* y = static_cast<float*>(call.Ret("y", Element::kF32, dims));
   int32_t* counts = static_cast<int32_t*>(call.Ret("counts", Element::kI32, {dims[0], 2}));
   if (kind < 0 || kind > 2) call.check.Fail("kind is " + std::to_string(kind) + ", expected 0 to 2");
-  if (!call.ok()) return call.Wrong();
+  if (!call.complete()) return call.Wrong();
   const FfnSpec spec{static_cast<FfnKind>(kind), threshold, parallel};
   SparseFfn({BestKernels(), PoolOf(threads)}, x, dims[0], ffn, predictor, spec, y, counts);
   return ffi::Error::Success();
@@ -194,7 +201,7 @@ ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::
   void* new_keys = call.Ret("new keys", keys.element, keys.dims);
   void* new_values = call.Ret("new values", keys.element, keys.dims);
   if (new_keys != keys.data || new_values != values.data) call.check.Fail("the cache is not updated in place");
-  if (!call.ok()) return call.Wrong();
+  if (!call.complete()) return call.Wrong();
   const int32_t* positions = static_cast<const int32_t*>(position.data);
   for (int64_t b = 0; b < batch; ++b) {
     if (positions[b] < 0) call.check.Fail("position " + std::to_string(b) + " is negative");
@@ -212,6 +219,10 @@ ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::
 }
 
 ffi::Error ReadHandler(ffi::ThreadPool threads, ffi::AnyBuffer data, ffi::Result<ffi::Buffer<ffi::U32>> sum) {
+  if (ElementOf(data.element_type()) == Element::kOther) {
+    return ffi::Error::InvalidArgument("read: data is of another type than the kernels' own");
+  }
+  if (sum->element_count() != 1) return ffi::Error::InvalidArgument("read: the result is not one number");
   const uint64_t read =
       ReadAll({BestKernels(), PoolOf(threads)}, data.untyped_data(), static_cast<int64_t>(data.size_bytes()));
   sum->typed_data()[0] = static_cast<uint32_t>(read);
@@ -219,6 +230,7 @@ ffi::Error ReadHandler(ffi::ThreadPool threads, ffi::AnyBuffer data, ffi::Result
 }
 
 ffi::Error ThreadsHandler(ffi::ThreadPool threads, ffi::Result<ffi::Buffer<ffi::S32>> count) {
+  if (count->element_count() != 1) return ffi::Error::InvalidArgument("threads: the result is not one number");
   count->typed_data()[0] = static_cast<int32_t>(threads.num_threads());
   return ffi::Error::Success();
 }

@@ -29,7 +29,7 @@ struct Kernels {
   void (*dots)(const Matrix& w, Rows rows, const float* x, int64_t ldx, int64_t num_x, float* out, int64_t ldo);
   // sum += coefficients[i] * row rows[i] of w, `sum` in w's arrangement.
   void (*accumulate)(const Matrix& w, Rows rows, const float* coefficients, float* sum);
-  // sums[m] += sum over i of p[m * ldp + i] * row rows[i] of w, one every lds floats in w's arrangement; `rows` is no list.
+  // sums[m] += sum over i of p[m * ldp + i] * row rows[i] of w, one every lds floats in w's arrangement; `rows` is no list, w whole.
   void (*weighted)(const Matrix& w, Rows rows, const float* p, int64_t ldp, int64_t num_x, float* sums, int64_t lds);
 
   // The products of a low-bit matrix (kI8 or kI4) with features of 16 bits, in integer arithmetic. `Quantize` arranges

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <deque>
+#include <mutex>
 #include <thread>
 
 namespace jsparse {
@@ -11,6 +14,7 @@ namespace {
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kSmallestBlock = 1 << 16;
 constexpr int64_t kWorthAThread = 1 << 17;
+constexpr auto kLinger = std::chrono::microseconds(100);
 constexpr int kSpins = 20000;  // then give the core away
 
 inline void Pause() {
@@ -33,7 +37,7 @@ struct Phases::State {
   };
   std::vector<std::unique_ptr<Phase>> phases;
 
-  void Work() {
+  void Work() noexcept {
     for (const auto& phase : phases) {
       for (int64_t chunk; (chunk = phase->claimed.fetch_add(1, std::memory_order_relaxed)) < phase->chunks;) {
         phase->body(chunk);
@@ -50,6 +54,58 @@ struct Phases::State {
   }
 };
 
+// Helpers that have finished wait here a moment for the next operation: to wake a thread takes as long as a small one.
+// Those here are `waiting` or have a job in `jobs` that is kept for one of them.
+class Phases::Lounge {
+ public:
+  static Lounge& Get() {
+    static Lounge* const lounge = new Lounge;  // threads may outlive static objects
+    return *lounge;
+  }
+
+  // Hands the job to at most that many helpers who wait; returns to how many.
+  int64_t Offer(const std::shared_ptr<State>& job, int64_t helpers) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const int64_t taken = std::min(helpers, waiting_);
+    waiting_ -= taken;
+    jobs_.insert(jobs_.end(), taken, job);
+    offered_.fetch_add(taken, std::memory_order_release);
+    return taken;
+  }
+
+  // The next job, or null if none came in time.
+  std::shared_ptr<State> Wait() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      ++waiting_;
+    }
+    const auto end = std::chrono::steady_clock::now() + kLinger;
+    for (;;) {
+      const bool over = std::chrono::steady_clock::now() >= end;
+      if (over || offered_.load(std::memory_order_acquire) > 0) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!jobs_.empty()) {
+          const std::shared_ptr<State> job = std::move(jobs_.front());
+          jobs_.pop_front();
+          offered_.fetch_sub(1, std::memory_order_relaxed);
+          return job;
+        }
+        if (over) {
+          --waiting_;
+          return nullptr;
+        }
+      }
+      for (int i = 0; i < 16; ++i) Pause();
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  int64_t waiting_ = 0;
+  std::deque<std::shared_ptr<State>> jobs_;
+  std::atomic<int64_t> offered_{0};
+};
+
 Phases::Phases() : state_(std::make_shared<State>()) {}
 
 void Phases::Add(int64_t chunks, Body body) {
@@ -60,7 +116,11 @@ void Phases::Run(const Pool& pool, int64_t bytes) {
   int64_t most = 0;
   for (const auto& phase : state_->phases) most = std::max(most, phase->chunks);
   const int64_t helpers = std::min({pool.num_threads, most, bytes / kWorthAThread}) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.schedule([state = state_] { state->Work(); });
+  const auto help = [](std::shared_ptr<State> job) {
+    for (; job; job = Lounge::Get().Wait()) job->Work();
+  };
+  const int64_t here = helpers > 0 ? Lounge::Get().Offer(state_, helpers) : 0;
+  for (int64_t i = here; i < helpers; ++i) pool.schedule([help, state = state_] { help(state); });
   state_->Work();
 }
 

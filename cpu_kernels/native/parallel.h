@@ -30,10 +30,11 @@ class Phases {
 
  private:
   struct State;
+  class Lounge;
   std::shared_ptr<State> state_;  // outlives the call where a helper starts late
 };
 
-// Memory that a thread keeps between calls, so that a decode step allocates nothing. Pointers are good until `Begin`.
+// Memory that a thread keeps between calls, so that a decode step asks for none of that size again. Pointers are good until `Begin`.
 class Arena {
  public:
   static Arena& OfCall();   // for what a whole operation shares, on the thread that called it

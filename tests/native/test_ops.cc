@@ -264,7 +264,7 @@ void TestFfn(const Case& c) {
   } kinds[] = {{FfnKind::kReglu, 0}, {FfnKind::kDrelu, 0}, {FfnKind::kFatrelu, 0.5}, {FfnKind::kSwiglu, 0}};
   const struct {
     int64_t width, neurons, rank;
-  } shapes[] = {{8, 1, 1}, {33, 127, 7}, {96, 300, 24}};
+  } shapes[] = {{8, 1, 1}, {33, 127, 7}, {96, 300, 24}, {1100, 90, 9}};
   for (Type type : kTypes) {
     for (const auto& shape : shapes) {
       for (int64_t num_x : {1, 3, 11}) {
@@ -355,11 +355,11 @@ std::vector<float> Everything(const Kernels& kernels, const Pool& pool) {
   Random random;
   FfnCase f(random, Type::kBF16, Type::kI4, 160, 700, 40, 3);
   const Context context{kernels, pool};
-  std::vector<float> y(3 * 160), z(3 * 160), o(3 * 700);
+  std::vector<float> y(3 * 160), z(3 * 160), o(9 * 700);
   std::vector<int32_t> counts(6);
   SparseFfn(context, f.x.data(), 3, f.ffn(), f.predictor(), {FfnKind::kReglu, 0, false}, y.data(), counts.data());
   DenseFfn(context, f.x.data(), 3, f.ffn(), {FfnKind::kReglu, 0, false}, z.data());
-  Linear(context, f.x.data(), 3, {f.gate.view}, {o.data()});
+  Linear(context, f.x.data(), 3, {f.gate.view, f.up.view, f.down_t.view}, {o.data(), o.data() + 2100, o.data() + 4200});
   y.insert(y.end(), z.begin(), z.end());
   y.insert(y.end(), o.begin(), o.end());
   return y;

@@ -1,40 +1,43 @@
 // Products of a matrix's rows with few vectors, and sums of its rows: each row is read once, from memory. A part of
 // kernels_body.h.
 
-// The rows of one step, and what to fetch meanwhile: the bytes kAhead further on in the same rows, and at their end the
-// first of the rows that come next.
+constexpr int64_t kAhead = 2048;        // bytes, within scattered rows
+constexpr int64_t kStreamAhead = 8192;  // where rows follow one another
+
+// The rows of one step, and what to fetch meanwhile: of scattered rows the bytes kAhead further on, and at their end
+// the first of the rows that come next; of a stream of rows what lies kStreamAhead further on.
 template <int kRows>
 struct Cursor {
   const uint8_t* rows[kRows];
   const uint8_t* next[kRows];
   float scale[kRows];
-  bool has_next;
+  int64_t turn = 0;  // bytes of the rows before what is fetched is `next`
+  bool has_next = true;
 
-  INLINE Cursor(const Matrix& w, const Rows& list, int64_t i) {
-    has_next = i + 2 * kRows <= list.count;
+  INLINE Cursor(const Matrix& w, const Rows& list, int64_t i, int64_t row_bytes) {
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = list[i + r];
       rows[r] = w.Row(row);
       scale[r] = w.scale ? w.scale[row] : 1.0f;
-      next[r] = has_next ? w.Row(list[i + kRows + r]) : rows[r];
     }
-    if (w.ahead) {
-      has_next = true;
-      for (int r = 0; r < kRows; ++r) next[r] = rows[r] + w.ahead;
+    if (!list.list) {
+      for (int r = 0; r < kRows; ++r) next[r] = rows[r] + (w.ahead ? w.ahead : kStreamAhead);
+      return;
     }
+    turn = row_bytes > kAhead ? (row_bytes - kAhead) / kBytes * kBytes : 0;
+    has_next = i + 2 * kRows <= list.count;
+    for (int r = 0; r < kRows; ++r) next[r] = has_next ? w.Row(list[i + kRows + r]) : rows[r];
   }
 };
-
-constexpr int64_t kAhead = 2048;
 
 // Hands the rows to sum.Take, kBytes of each at a time, the last with zeros behind the row's end: nothing past it is read.
 template <int kRows, class Sum>
 INLINE void Walk(const Cursor<kRows>& at, int64_t row_bytes, Sum& sum) {
   const uint8_t* from[kRows];
-  const int64_t bytes = row_bytes / kBytes * kBytes, turn = bytes > kAhead ? bytes - kAhead : 0;
+  const int64_t bytes = row_bytes / kBytes * kBytes;
   int64_t offset = 0;
   _Pragma("GCC unroll 2")
-  for (; offset < turn; offset += kBytes) {
+  for (; offset < at.turn; offset += kBytes) {
     UNROLL
     for (int r = 0; r < kRows; ++r) {
       from[r] = at.rows[r] + offset;
@@ -48,7 +51,7 @@ INLINE void Walk(const Cursor<kRows>& at, int64_t row_bytes, Sum& sum) {
     for (int r = 0; r < kRows; ++r) {
       from[r] = at.rows[r] + offset;
       if (at.has_next && (kBytes == kCacheLine || offset % kCacheLine == 0)) {
-        __builtin_prefetch(at.next[r] + offset - turn, 0, 3);
+        __builtin_prefetch(at.next[r] + offset - at.turn, 0, 3);
       }
     }
     sum.Take(from);
@@ -153,9 +156,9 @@ KERNEL void Dots(const Matrix& w, Rows list, const float* x, int64_t ldx, int64_
   // One row after another is one sequential stream, which memory likes best; scattered rows want several under way.
   const bool stream = !list.list && !w.ahead && num_x == 1;
   for (; !stream && i + kRowsAtOnce <= list.count; i += kRowsAtOnce) {
-    TileAll<type, kRowsAtOnce>(Cursor<kRowsAtOnce>(w, list, i), x, ldx, num_x, w.cols, out + i, ldo);
+    TileAll<type, kRowsAtOnce>(Cursor<kRowsAtOnce>(w, list, i, RowBytes(type, w.cols)), x, ldx, num_x, w.cols, out + i, ldo);
   }
-  for (; i < list.count; ++i) TileAll<type, 1>(Cursor<1>(w, list, i), x, ldx, num_x, w.cols, out + i, ldo);
+  for (; i < list.count; ++i) TileAll<type, 1>(Cursor<1>(w, list, i, RowBytes(type, w.cols)), x, ldx, num_x, w.cols, out + i, ldo);
 }
 
 // Adds kRows rows, each times its coefficient, to a vector in the rows' arrangement.
@@ -177,7 +180,7 @@ struct AddTo {
 
 template <Type type, int kRows>
 INLINE void AddRows(const Matrix& w, const Rows& list, int64_t i, const float* coefficients, float* sum) {
-  const Cursor<kRows> at(w, list, i);
+  const Cursor<kRows> at(w, list, i, RowBytes(type, w.cols));
   AddTo<type, kRows> to;
   to.sum = sum;
   UNROLL

@@ -1,7 +1,7 @@
 // Scores of a low-bit predictor in integer arithmetic, on lanes of 16 bits. A part of kernels_body.h.
 
 constexpr int kShorts = 2 * kLanes;
-constexpr int kFlush = 16;  // registers of products after which 32-bit sums could overflow
+constexpr int kFlush = 16;  // registers of products, long before 32-bit sums could overflow
 
 // Sums of neighbouring products.
 INLINE vi MultiplyAdd(const vh& a, const vh& b) {
@@ -64,7 +64,7 @@ struct ScoreSum {
 
 template <Type type, int kRows>
 INLINE void ScoreRows(const Matrix& w, const Rows& list, int64_t i, const int16_t* features, float step, float* out) {
-  const Cursor<kRows> at(w, list, i);
+  const Cursor<kRows> at(w, list, i, RowBytes(type, w.cols));
   ScoreSum<type, kRows> scores(features);
   Walk(at, RowBytes(type, w.cols), scores);
   scores.Flush();
