@@ -6,15 +6,18 @@ low nibble), and scale (rows,) float32. Matrices are (out, in); nothing copies t
 Sums are accumulated in float32, and results are the same for any number of threads.
 """
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 try:
-    from cpu_kernels import _native
+    _native = importlib.import_module("cpu_kernels._native")
+except ModuleNotFoundError:
+    _native, _MISSING = None, "it was not built, which needs a C++ compiler when jsparse is installed"
 except ImportError as error:
-    _native = None
-    _MISSING = str(error)
+    _native, _MISSING = None, str(error)
 
 _KINDS = ("reglu", "drelu", "fatrelu", "swiglu")
 _PREFIX = "jsparse_cpu_"
@@ -29,7 +32,7 @@ if _native is not None:
 def unavailable() -> str | None:
     """Why the kernels cannot run here, or None."""
     if _native is None:
-        return f"the native extension was not built (it needs a C++ compiler when jsparse is installed): {_MISSING}"
+        return f"the native extension is missing: {_MISSING}"
     if jax.default_backend() != "cpu":
         return f"JAX computes on {jax.default_backend()} here; JAX_PLATFORMS=cpu chooses the CPU"
     return None
