@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="jsparse directory, Hugging Face checkpoint, or 'default'")
-    command.add_argument("--dtype", choices=DTYPES, help="weights of a HF checkpoint")
+    command.add_argument("--dtype", choices=DTYPES, help="of the weight matrices (default: as stored)")
     command.add_argument("--ffn", choices=FFN_KINDS, help="FFN kind of a HF checkpoint")
 
 

@@ -37,10 +37,11 @@ def _keep_compiled_programs() -> None:
     """Compile a model's decode step once, not at every command. JAX_COMPILATION_CACHE_DIR names another place."""
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jsparse"
     try:
+        chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        cache = (chosen if chosen.is_absolute() else Path.home() / ".cache") / "jsparse"
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):
         return  # a home that cannot be written costs the time to compile
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
