@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 # One process each, for 24 GB of memory.
 FULL_DEPTH := Llama-2-7B Mistral-7B Qwen2-7B MiniCPM-1B
 
-.PHONY: demo test sanitize lint bench clean
+.PHONY: demo test sanitize test-cuda-aot lint bench clean
 
 demo: .venv/core
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,13 @@ test: .venv/test
 # A part of `make test`, alone: the native code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 sanitize: .venv/test
 	$(BIN)/python -m pytest tests/test_native.py
+
+# Compiles the Pallas kernels for CUDA GPUs, without one. Another JAX: `make test-cuda-aot PYTHON=python3.12 JAX=0.11.2`.
+JAX ?= 0.10.2
+AOT := .venv-cuda-$(JAX)
+
+test-cuda-aot: $(AOT)/done
+	$(AOT)/bin/python -m pytest tests/test_pallas_kernels.py
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -33,13 +40,20 @@ bench: .venv/bench
 	for shape in $(FULL_DEPTH); do $(BIN)/python -m benchmarks.decode --layers 0 --others --dtype bfloat16 --shape $$shape || exit; done
 
 clean:
-	rm -rf .venv build *.egg-info cpu_kernels/*.so
+	rm -rf .venv .venv-cuda-* build *.egg-info cpu_kernels/*.so
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard cpu_kernels/native/*.* cpu_kernels/native/body/*)
 INSTALL := $(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt
+
+$(AOT)/done: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(AOT)
+	grep -v '^jax' constraints.txt > $(AOT)/constraints.txt
+	$(AOT)/bin/pip install $(PIP_FLAGS) --constraint $(AOT)/constraints.txt --editable . beartype pytest jaxtyping \
+		jax==$(JAX) jax-cuda13-plugin==$(JAX) jax-cuda13-pjrt==$(JAX) nvidia-cuda-nvcc nvidia-nvvm
+	touch $@
 
 .venv/core: .venv/bin/python $(SOURCES)
 	$(INSTALL) --editable .

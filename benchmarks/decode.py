@@ -11,6 +11,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -73,8 +74,8 @@ def weights_of(config: jsparse.ModelConfig, layer: random_models.Layer, dtype: s
 class JsparseEngine:
     """The decode loop of `jsparse.generate` on a prepared cache."""
 
-    def __init__(self, config, weights, caches: list, layer: random_models.Layer, point: OperatingPoint | None):
-        self._model = Model(config, select_executor("cpu"), FFNSpec.of(config))
+    def __init__(self, config, weights, caches: list, layer, point: OperatingPoint | None, executor: ModuleType):
+        self._model = Model(config, executor, FFNSpec.of(config))
         self._weights, self._caches = weights, caches
         self._predictors = None
         if point is not None:
@@ -176,7 +177,7 @@ def measure(shape, config, dtypes, others, rounds, probe) -> list[dict]:
         weights = weights_of(config, layer, dtype)
         for point in (None, *points):
             name = "jsparse" if point is None else f"jsparse, {point.name}"
-            made = JsparseEngine(config, weights, caches, layer, point)
+            made = JsparseEngine(config, weights, caches, layer, point, select_executor("cpu"))
             engines[name, "sparse" if point else "dense", dtype] = made.engine()
     if others:
         from benchmarks import other_engines
@@ -185,6 +186,11 @@ def measure(shape, config, dtypes, others, rounds, probe) -> list[dict]:
             name, dtype = other.split("-")
             run = other_engines.make(name, dtype, config, CONTEXT, TOKENS).run
             engines[name, "dense", dtype] = Engine(run, elements(config) * BYTES[dtype] + cache_bytes(caches[0]))
+    return compare(shape, config, engines, rounds, probe)
+
+
+def compare(shape: str, config, engines: dict[tuple[str, str, str], Engine], rounds: int, probe) -> list[dict]:
+    """Time the engines (by name, mode and dtype) in turns, print the tables, and return the rows."""
     timings = interleave({key: engine.run for key, engine in engines.items()}, rounds, probe)
     timings = {key: [value / TOKENS for value in values] for key, values in timings.items()}
     rows = [

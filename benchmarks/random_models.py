@@ -23,6 +23,10 @@ _INT4_DEVIATION = np.sqrt((7 * 8) / 3)
 """Of whole numbers drawn evenly from -7 to 7."""
 
 
+_PUBLISHED = {"Llama-2-7B": (256, 0.5), "Mistral-7B": (352, 0.7), "Qwen2-7B": (512, 0.7), "MiniCPM-1B": (96, 0.7)}
+"""Rank and s by shape: of SVDP's table, and for the last one chosen like them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class OperatingPoint:
     """A predictor's rank, bits per element, and share of neurons that it predicts."""
@@ -34,10 +38,8 @@ class OperatingPoint:
 
 
 def operating_points(shape: str, config: jsparse.ModelConfig) -> tuple[OperatingPoint, OperatingPoint]:
-    """The published one (16 bits; rank and s of SVDP's table) and ours (4 bits at a quarter of the width, s .95)."""
-    rank, s = {"Llama-2-7B": (256, 0.5), "Mistral-7B": (352, 0.7), "Qwen2-7B": (512, 0.7), "MiniCPM-1B": (96, 0.7)}[
-        shape
-    ]
+    """The published one (16 bits) and ours (4 bits at a quarter of the width, s .95)."""
+    rank, s = _PUBLISHED.get(shape, (config.hidden_size // 16, 0.7))
     published = OperatingPoint("published", rank, 16, 1 - s * (1 - ACTIVE))
     return published, OperatingPoint("ours", config.hidden_size // 4, 4, 0.11)
 

@@ -17,20 +17,21 @@ KEYS = ("engine", "shape", "mode", "dtype", "predicted", "active", "ms", "gbps",
 
 
 class BandwidthProbe:
-    """GB/s at which all threads together can read memory here: a gigabyte, larger than any cache."""
+    """GB/s at which the device reads memory: a gigabyte, larger than any cache, in one call of `read` or several passes."""
 
-    def __init__(self):
+    def __init__(self, read: Callable[[jax.Array], Any] = cpu_kernels.read, passes: int = 1):
+        self._read, self._passes = read, passes
         self._data = jnp.ones((1 << 28,), jnp.float32)
         self._seconds: list[float] = []
         self.measure()
 
     def measure(self) -> None:
         """One reading; the fastest of all counts, since it is a limit."""
-        self._seconds.append(seconds(lambda: cpu_kernels.read(self._data)))
+        self._seconds.append(seconds(lambda: self._read(self._data)))
 
     @property
     def gbps(self) -> float:
-        return self._data.nbytes / min(self._seconds[1:] or self._seconds) / 1e9
+        return self._passes * self._data.nbytes / min(self._seconds[1:] or self._seconds) / 1e9
 
 
 def seconds(run: Callable[[], Any]) -> float:

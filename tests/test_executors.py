@@ -1,5 +1,7 @@
 """One suite for every FFN executor: the function of the float64 oracle, on the executor's own path."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,14 +22,20 @@ TOLERANCE = 1e-5
 """Relative to the largest output, float32 arithmetic against float64 on the same stored weights."""
 
 
-@pytest.fixture(params=EXECUTORS)
-def executor(request):
-    import importlib
+INTERPRETED = "cuda interpreted"
 
-    module = importlib.import_module(EXECUTORS[request.param])
-    if reason := module.unavailable():
-        pytest.skip(f"executor {request.param}: {reason}")
-    return select_executor(request.param)
+
+@pytest.fixture(
+    params=[*(pytest.param(name, marks=[pytest.mark.gpu] if name == "cuda" else []) for name in EXECUTORS), INTERPRETED]
+)
+def executor(request):
+    """Every executor that can run here, and where there is no GPU the CUDA one with its kernels interpreted."""
+    name = request.param.split()[0]
+    module = importlib.import_module(EXECUTORS[name])
+    reason = module.unavailable()
+    if request.param == INTERPRETED:
+        return module if reason else pytest.skip("the kernels are compiled here")
+    return pytest.skip(f"executor {name}: {reason}") if reason else select_executor(name)
 
 
 def problem(*, batch=3, width=96, neurons=300, rank=24, bits=16, storage="float32", predicted="some", seed=0):

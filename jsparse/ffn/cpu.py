@@ -1,12 +1,12 @@
 """The CPU executor: native kernels that read each weight once per step, at the speed of memory."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from jsparse.attention import KVCache
 from jsparse.ffn import FFNSpec
+from jsparse.ffn.operands import flat, operand, operands
 from jsparse.params import FFNWeights, Predictor
-from jsparse.quantization import Matrix, QuantizedRows
+from jsparse.quantization import Matrix
 from jsparse.typing import Array, Float, Int
 
 
@@ -21,7 +21,7 @@ def take_rows(matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "cou
     """Rows of the matrix in float32. XLA would widen all of a 16-bit matrix to take some."""
     import cpu_kernels
 
-    return cpu_kernels.take_rows(_arrays(matrix), indices, matrix.shape[1])
+    return cpu_kernels.take_rows(operand(matrix), indices, matrix.shape[1])
 
 
 def linear(x: Float[Array, "... D"], weight: Matrix) -> Float[Array, "... out"]:
@@ -33,7 +33,7 @@ def linears(x: Float[Array, "... D"], weights: Sequence[Matrix]) -> tuple[Float[
     """x W^T for every W, in one pass."""
     import cpu_kernels
 
-    outs = cpu_kernels.linear(_tokens(x), *map(_arrays, weights))
+    outs = cpu_kernels.linear(flat(x), *map(operand, weights))
     return tuple(out.reshape(*x.shape[:-1], out.shape[-1]) for out in outs)
 
 
@@ -41,7 +41,7 @@ def dense_ffn(x: Float[Array, "... D"], ffn: FFNWeights, spec: FFNSpec) -> Float
     """The FFN over all neurons (the formula is at `FFNSpec`)."""
     import cpu_kernels
 
-    y = cpu_kernels.dense_ffn(_tokens(x), *_matrices(ffn), kind=spec.kind, threshold=spec.threshold)
+    y = cpu_kernels.dense_ffn(flat(x), *operands(ffn), kind=spec.kind, threshold=spec.threshold)
     return y.reshape(x.shape)
 
 
@@ -53,9 +53,9 @@ def sparse_ffn(
 
     return cpu_kernels.sparse_ffn(
         x,
-        *_matrices(ffn),
-        _arrays(predictor.a),
-        _arrays(predictor.b),
+        *operands(ffn),
+        operand(predictor.a),
+        operand(predictor.b),
         predictor.bias,
         kind=spec.kind,
         threshold=spec.threshold,
@@ -76,15 +76,3 @@ def attend(
 
     out, keys, values = cpu_kernels.attend(q, k, v, position, *cache, window=window)
     return out, (keys, values)
-
-
-def _tokens(x: Float[Array, "... D"]) -> Float[Array, "B D"]:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _arrays(matrix: Matrix) -> Any:
-    return (matrix.values, matrix.scale) if isinstance(matrix, QuantizedRows) else matrix
-
-
-def _matrices(ffn: FFNWeights) -> list[Any]:
-    return [_arrays(matrix) for matrix in (ffn.gate, ffn.up, ffn.down_t)]

@@ -7,7 +7,11 @@ from types import ModuleType
 
 from jsparse.errors import JsparseError
 
-EXECUTORS: dict[str, str] = {"cpu": "jsparse.ffn.cpu", "xla": "jsparse.ffn.reference"}
+EXECUTORS: dict[str, str] = {
+    "cuda": "jsparse.ffn.cuda",
+    "cpu": "jsparse.ffn.cpu",
+    "xla": "jsparse.ffn.reference",
+}
 """Module of every executor, in the order in which `auto` tries them. Each has `unavailable()`, `take_rows`, `linear`,
 `linears`, `dense_ffn`, `sparse_ffn` and `attend`."""
 

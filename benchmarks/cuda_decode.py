@@ -1,0 +1,88 @@
+"""Whole-model decoding on an NVIDIA GPU: `python -m benchmarks.cuda_decode [--shape ...] [--interpret]`.
+
+As `benchmarks.decode`: random weights with the published sparsity, one sequence, context 1,100, all layers, at the
+published operating point and at ours; against plain JAX, jitted, and transformers in PyTorch, eager and compiled with a
+static cache. Times are of whole tokens, host included. Also counts the kernels of a decode step.
+"""
+
+import argparse
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import gpu, other_engines, plain_xla, random_models
+from benchmarks.decode import (
+    CONTEXT,
+    TOKENS,
+    Engine,
+    JsparseEngine,
+    cache_bytes,
+    compare,
+    elements,
+    random_caches,
+    weights_of,
+)
+from benchmarks.report import print_json
+from jsparse.ffn import cuda
+
+
+def measure(shape: str, config, dtypes: list[str], others: list[str], rounds: int, probe) -> list[dict]:
+    points = random_models.operating_points(shape, config)
+    layer = random_models.random_layer(config, points[0].rank)
+    caches, engines = [random_caches(config)], {}
+    for dtype in dtypes:
+        weights = weights_of(config, layer, dtype)
+        if dtype != "int8":
+            made = JsparseEngine(config, weights, caches, layer, None, plain_xla)
+            engines["plain JAX", "dense", dtype] = made.engine()
+        for point in (None, *points):
+            name = "jsparse" if point is None else f"jsparse, {point.name}"
+            made = JsparseEngine(config, weights, caches, layer, point, cuda)
+            engines[name, "sparse" if point else "dense", dtype] = made.engine()
+            if jax.default_backend() == "gpu":
+                print(f"{name}, {dtype}: {count_kernels(made.compiled_text())} kernels in a decode step")
+    for other in others:
+        engine = other_engines.Transformers(
+            config, CONTEXT, TOKENS, device="cuda", dtype="float16", compiled=other == "compiled"
+        )
+        engines[f"transformers, {other}", "dense", "float16"] = Engine(
+            engine.run, 2 * elements(config) + cache_bytes(caches[0])
+        )
+    return compare(shape, config, engines, rounds, probe)
+
+
+def count_kernels(compiled: str) -> int:
+    """Operations of the decode loop's body that launch a kernel, in the text of a compiled program.
+
+    The body is the computation that a `while` names and that has the most fusions and custom calls.
+    """
+    bodies = set(re.findall(r"\bwhile\(.*body=%?([\w.-]+)", compiled))
+    found = 0
+    for body in bodies:
+        text = re.search(rf"^%?{re.escape(body)} .*?^}}", compiled, re.MULTILINE | re.DOTALL)
+        if text:
+            launches = re.findall(r" (?:fusion|custom-call|copy|sort|scatter|dynamic-update-slice)\(", text.group())
+            found = max(found, len(launches))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    gpu.add_arguments(parser)
+    choices = ("float16", "bfloat16", "int8")
+    parser.add_argument("--dtype", choices=choices, nargs="+", default=["float16", "int8"])
+    parser.add_argument("--others", choices=("eager", "compiled"), nargs="*", default=["eager", "compiled"])
+    args = parser.parse_args()
+    probe, results = None, []
+    for shape, full in gpu.shapes(args).items():
+        probe = probe or gpu.probe()
+        config = dataclasses.replace(full, ffn_kind="fatrelu", ffn_threshold=random_models.threshold())
+        others = [] if args.interpret else args.others
+        results += measure(shape, config, args.dtype, others, args.rounds, probe)
+    print_json(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""One FFN layer's decode step on an NVIDIA GPU: `python -m benchmarks.cuda_ffn [--shape ...] [--interpret]`.
+
+Dense as plain JAX has it, and sparse through the Pallas kernels with the published predictor and ours, against CUDA C
+written by hand (CuPy) and PyTorch. Layers are rotated, so that no weight is in the L2 cache when its turn comes, and a
+program runs all of them several times, so that its launch does not count. One JAX program is timed as a whole, gaps
+between kernels included; CuPy and PyTorch run captured graphs and are timed by events.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import gpu, plain_xla, random_models
+from benchmarks.report import interleave, print_json, print_rows, row, seconds
+from jsparse.ffn import FFNSpec, cuda, reference
+from jsparse.params import FFNWeights, Predictor
+
+ROTATED_BYTES = 1.5e9
+"""Weights that are rotated: many times what an L2 cache holds."""
+REPEATS = 10
+SPEC = FFNSpec("fatrelu", random_models.threshold())
+
+
+@dataclasses.dataclass
+class Engine:
+    """`run` returns the seconds of a layer; `read` is the bytes it takes."""
+
+    run: Callable[[], float]
+    read: float
+    predicted: float = 1.0
+    active: float = 1.0
+
+
+def nbytes(tree) -> float:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def rotated(layer: tuple) -> list[tuple]:
+    """Copies of a layer's arrays in memory of their own."""
+    count = int(np.clip(ROTATED_BYTES / nbytes(layer), 2, 64))
+    return [jax.tree.map(jnp.copy, layer) for _ in range(count)]
+
+
+def jax_seconds(step: Callable, x: jax.Array, layers: list[tuple], repeats: int) -> Callable[[], float]:
+    """Seconds of a layer in a program that runs all of them, each after the one before, so many times."""
+
+    @jax.jit
+    def program(x, layers):
+        def once(_, x):
+            for layer in layers:
+                x = x + 0 * step(x, *layer)
+            return x
+
+        return jax.lax.fori_loop(0, repeats, once, x)
+
+    return lambda: seconds(lambda: program(x, layers)) / repeats / len(layers)
+
+
+def predictor_of(layer: random_models.Layer, x: jax.Array, point: random_models.OperatingPoint, dtype) -> Predictor:
+    """The predictor with the bias that predicts just that share of the neurons of x."""
+    predictor = jax.tree.map(lambda m: m.astype(dtype) if m.dtype == jnp.bfloat16 else m, layer.predictor(point))
+    scores = reference.linear(reference.linear(x, predictor.a), predictor.b)[0]
+    bias = jnp.full_like(predictor.bias, -jnp.quantile(scores, 1 - point.predicted))
+    return dataclasses.replace(predictor, bias=bias)
+
+
+def engines_of(layer: random_models.Layer, x: jax.Array, points: tuple, dtype: str, repeats: int) -> dict:
+    """By (engine, mode, dtype)."""
+    ffn = FFNWeights(*(random_models.store(m, dtype) for m in (layer.ffn.gate, layer.ffn.up, layer.ffn.down_t)))
+    dense = partial(plain_xla.dense_ffn, spec=SPEC)
+    engines = {("XLA", "dense", dtype): Engine(jax_seconds(dense, x, rotated((ffn,)), repeats), nbytes(ffn))}
+
+    def sparse(x, ffn, predictor):
+        return cuda.sparse_ffn(x, ffn, predictor, SPEC)[0]
+
+    for point in points:
+        predictor = predictor_of(layer, x, point, jnp.float16 if dtype == "float16" else jnp.bfloat16)
+        y, counts = jax.jit(partial(cuda.sparse_ffn, spec=SPEC))(x, ffn, predictor)
+        predicted, active = (np.asarray(counts[0]) / ffn.gate.shape[0]).tolist()
+        read = nbytes(ffn) * (predicted + 2 * active) / 3 + nbytes(predictor)
+        layers = rotated((ffn, predictor))
+        made = Engine(jax_seconds(sparse, x, layers, repeats), read, predicted, active)
+        engines[f"Pallas, {point.name}", "sparse", dtype] = made
+        if dtype == "float16" and (run := cuda_c_seconds(x, layers, repeats, y)):
+            engines[f"CUDA C, {point.name}", "sparse", dtype] = dataclasses.replace(made, run=run)
+    if dtype != "int8" and (run := torch_seconds(x, rotated((ffn,)), repeats)):
+        engines["torch", "dense", dtype] = Engine(run, nbytes(ffn))
+    return engines
+
+
+def cuda_c_seconds(x, layers, repeats: int, expected: jax.Array) -> Callable[[], float] | None:
+    """None where CuPy is missing. Exits when its result is not that of the Pallas kernels."""
+    from benchmarks.cuda_c import CudaC
+
+    if jax.default_backend() != "gpu":
+        print("CUDA C by hand is left out: there is no GPU")
+        return None
+    try:
+        made = CudaC(x, layers, SPEC.threshold, repeats)
+    except ImportError:
+        print("CUDA C by hand is left out: CuPy is not installed (pip install cupy-cuda13x)")
+        return None
+    error = np.abs(made.result - np.asarray(expected[0])).max() / np.abs(expected).max()
+    if not error < 1e-4:
+        raise SystemExit(f"the CUDA C kernels disagree with the Pallas kernels: relative error {error:.1e}")
+    return made.run
+
+
+def torch_seconds(x: jax.Array, layers: list[tuple], repeats: int) -> Callable[[], float] | None:
+    """PyTorch's dense FFN of all layers in a CUDA graph, by events; None where it has no GPU."""
+    try:
+        import torch
+    except ImportError:
+        print("torch is left out: it is not installed")
+        return None
+    if not torch.cuda.is_available() or jax.default_backend() != "gpu":
+        print("torch is left out: it finds no GPU")
+        return None
+    linear = torch.nn.functional.linear
+    held = [[torch.from_dlpack(m) for m in (ffn.gate, ffn.up, ffn.down_t)] for (ffn,) in layers]
+    value = torch.from_numpy(np.array(x)).to(held[0][0])
+
+    @torch.inference_mode()
+    def steps():
+        for gate, up, down_t in held:
+            h = linear(value, gate)
+            torch.where(h > SPEC.threshold, h, 0).mul_(linear(value, up)) @ down_t
+
+    steps()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        steps()
+
+    def run() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeats / len(held)
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    gpu.add_arguments(parser)
+    choices = ("float16", "bfloat16", "int8")
+    parser.add_argument("--dtype", choices=choices, nargs="+", default=["float16", "int8"])
+    args = parser.parse_args()
+    probe, results = None, []
+    for shape, config in gpu.shapes(args).items():
+        probe = probe or gpu.probe()
+        points = random_models.operating_points(shape, config)
+        layer = random_models.random_layer(config, points[0].rank)
+        x = jax.random.normal(jax.random.key(0), (1, config.hidden_size))
+        for dtype in args.dtype:
+            engines = engines_of(layer, x, points, dtype, 1 if args.interpret else REPEATS)
+            timings = interleave({key: engine.run for key, engine in engines.items()}, args.rounds, probe)
+            rows = [
+                row(
+                    engine,
+                    shape,
+                    mode,
+                    dtype,
+                    timings=timings[engine, mode, dtype],
+                    bytes_read=made.read,
+                    limit_gbps=probe.gbps,
+                    predicted=made.predicted,
+                    active=made.active,
+                )
+                for (engine, mode, dtype), made in engines.items()
+            ]
+            print_rows(f"{shape}: one FFN layer, one token; memory reads at {probe.gbps:.0f} GB/s", rows)
+            results += rows
+    print_json(results)
+
+
+if __name__ == "__main__":
+    main()

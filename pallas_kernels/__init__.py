@@ -1,0 +1,135 @@
+"""Pallas kernels for decoding on an NVIDIA GPU, as JAX functions: arrays in, arrays out.
+
+A matrix argument is an array (rows, columns) of float32, bfloat16 or float16, or low-bit rows `(values, scale)`: values
+(rows, columns) int8, or (rows, ceil(columns / 2)) uint8 with two 4-bit elements per byte (q + 8, the even one in the
+low nibble), and scale (rows,) float32. Matrices are (out, in). Activations and sums are float32.
+
+Lowered for another device than a GPU, the kernels are interpreted: slow, and meant for tests.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import kernels, products
+from pallas_kernels.attention import attend
+from pallas_kernels.kernels import Matrix
+from pallas_kernels.tiles import Tiles, choose
+
+__all__ = ["Matrix", "Tiles", "attend", "dense_ffn", "linear", "sparse_ffn", "unavailable"]
+
+_OLDEST = (8, 0)
+_SPARSE = ("reglu", "drelu", "fatrelu")
+
+linear = products.linear
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run here, or None."""
+    try:
+        device = jax.devices("cuda")[0]
+    except RuntimeError:
+        return "JAX finds no CUDA device: install jsparse[cuda] and check that nvidia-smi lists a GPU"
+    if device.platform != jax.default_backend():
+        return f"JAX computes on {jax.default_backend()} here; JAX_PLATFORMS=cuda chooses the GPU"
+    capability = device.compute_capability
+    if tuple(int(part) for part in capability.split(".")) < _OLDEST:
+        return f"the GPU ({device.device_kind}) has compute capability {capability}; the kernels need 8.0 or newer"
+    return None
+
+
+def dense_ffn(
+    x: jax.Array, gate: Matrix, up: Matrix, down_t: Matrix, *, kind: str = "reglu", threshold: float = 0.0
+) -> jax.Array:
+    """down_t^T (phi(gate x) * psi(up x)), (B, D), for x (B, D) and matrices (F, D).
+
+    Args:
+      kind: reglu (phi relu, psi identity), drelu (both relu), fatrelu (phi keeps what is greater than `threshold`), or
+        swiglu (phi silu).
+    """
+    phi, psi = _activations(kind, threshold)
+    x = x.astype(jnp.float32)
+    return products.transposed(phi(linear(x, gate)) * psi(linear(x, up)), down_t)
+
+
+def sparse_ffn(
+    x: jax.Array,
+    gate: Matrix,
+    up: Matrix,
+    down_t: Matrix,
+    a: Matrix,
+    b: Matrix,
+    bias: jax.Array,
+    *,
+    kind: str = "reglu",
+    threshold: float = 0.0,
+    parallel: bool = False,
+    tiles: Tiles | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The FFN over the neurons j with (b a x + bias)_j > 0, and no row of another neuron read.
+
+    Args:
+      x: (B, D), every sequence with its own neurons.
+      gate, up, down_t: (F, D), of floats or int8 rows.
+      a, b, bias: (R, D), (F, R), (F,); the predictor.
+      kind, threshold: as in `dense_ffn`; swiglu has no zeros and is refused.
+      parallel: read gate and up of all predicted neurons; otherwise up of those that survive the gate alone.
+      tiles: sizes; None for those of the GPU, shape and dtype.
+
+    Returns:
+      y (B, D), and counts (B, 2) int32: neurons predicted, and those of them with phi(gate) * psi(up) != 0.
+
+    Raises:
+      ValueError: a matrix has the wrong shape or dtype, or the kind is not sparse.
+    """
+    _check(x, gate, up, down_t, a, b, bias, kind)
+    phi, psi = _activations(kind, threshold)
+    if tiles is None:
+        stored = gate[0] if isinstance(gate, tuple) else gate
+        tiles = choose(*stored.shape, str(stored.dtype))
+    x = x.astype(jnp.float32)
+    survivors, hidden, counts = kernels.predict_gate_up(
+        x, linear(x, a), b, bias, gate, up, phi=phi, psi=psi, parallel=parallel, tiles=tiles
+    )
+    partial, totals = kernels.down(survivors, hidden, counts, down_t, tiles=tiles)
+    return jnp.sum(partial, axis=1), totals
+
+
+def _activations(kind: str, threshold: float) -> tuple[Callable, Callable]:
+    """phi and psi."""
+
+    def phi(gate):
+        return jax.nn.silu(gate) if kind == "swiglu" else jnp.where(gate > threshold, gate, 0)
+
+    def psi(up):
+        return jnp.maximum(up, 0) if kind == "drelu" else up
+
+    return phi, psi
+
+
+def _check(x, gate, up, down_t, a, b, bias, kind: str) -> None:
+    problems = []
+    if kind not in _SPARSE:
+        problems.append(f"kind is {kind!r}; a sparse FFN is {', '.join(_SPARSE)}")
+    width, (num_neurons,), (rank, _) = x.shape[1], bias.shape, _shape(a)
+    wanted = {"gate": (num_neurons, width), "up": (num_neurons, width), "down_t": (num_neurons, width)}
+    wanted |= {"a": (rank, width), "b": (num_neurons, rank)}
+    for name, matrix in zip(wanted, (gate, up, down_t, a, b)):
+        rows, columns = wanted[name]
+        dtype = (matrix[0] if isinstance(matrix, tuple) else matrix).dtype
+        packed = dtype == jnp.uint8
+        if _shape(matrix) != (rows, -(-columns // 2) if packed else columns):
+            problems.append(f"{name} has shape {_shape(matrix)}, which is not that of ({rows}, {columns})")
+        if isinstance(matrix, tuple) != (dtype in (jnp.int8, jnp.uint8)):
+            problems.append(
+                f"{name} is {dtype}, which goes {'with' if not isinstance(matrix, tuple) else 'without'} scales"
+            )
+        elif packed and name in ("gate", "up", "down_t"):
+            problems.append(f"{name} has 4 bits; the kernels read weights of 8 or more")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _shape(matrix: Matrix) -> tuple[int, int]:
+    return (matrix[0] if isinstance(matrix, tuple) else matrix).shape

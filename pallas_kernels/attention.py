@@ -1,0 +1,146 @@
+"""Attention of one token per sequence over its KV cache, in two kernels.
+
+`attend` has a program per key head and run of slots, which also puts the token's key and value in their slot. Each
+leaves a softmax of its own; `combine` weighs them by what they leave out.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.lowering import call, load, program_id, store, when
+
+_PROGRAMS = 256
+"""Fewest to keep a GPU busy, for which runs of slots get shorter."""
+_SLOTS = (64, 32)
+_COMBINED = 32
+"""Runs of slots that are added up at once."""
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    position: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    window: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The attended values (B, N, H) float32, and the caches with the token in them, in place where they are donated.
+
+    Args:
+      q: (B, N, H) queries, rotated.
+      k, v: (B, K, H), key and value of the same token; N is a multiple of K.
+      position: (B,) int32.
+      keys, values: (B, S, K, H); slot s holds the newest position p with p % S == s.
+      window: positions a token sees, itself included; None for all.
+    """
+    batch, num_heads, head_dim = q.shape
+    num_slots, num_kv_heads = keys.shape[1:3]
+    group = num_heads // num_kv_heads
+    size = next((n for n in _SLOTS if batch * num_kv_heads * -(-num_slots // n) >= _PROGRAMS), _SLOTS[-1])
+    splits = -(-num_slots // size)
+    padded = 1 << (head_dim - 1).bit_length()
+
+    def body(q_ref, k_ref, v_ref, position_ref, old_keys, old_values, *outputs):
+        keys_ref, values_ref, partial_ref, largest_ref, total_ref = outputs
+        split, head, token = program_id(0), program_id(1), program_id(2)
+        now = position_ref[token]
+        newest = now % num_slots
+        slots = split * size + jnp.arange(size)
+        age = newest - slots
+        age = jnp.where(age < 0, age + num_slots, age)
+        visible = (slots < num_slots) & (age <= now)
+        if window is not None:
+            visible &= age < window
+        dims = jnp.arange(padded)
+        inside = None if padded == head_dim else dims < head_dim
+        mask = visible[:, None] if inside is None else visible[:, None] & inside[None]
+
+        def rows(cache, new_ref):
+            new = load(new_ref, token, head, dims, mask=inside).astype(cache.dtype)
+            old = load(cache, token, slots[:, None], head, dims[None], mask=mask)
+            return jnp.where((slots == newest)[:, None], new[None], old).astype(jnp.float32)
+
+        head_keys, head_values = rows(old_keys, k_ref), rows(old_values, v_ref)
+        for n in range(group):
+            query = load(q_ref, token, head * group + n, dims, mask=inside) * head_dim**-0.5
+            scores = jnp.where(visible, jnp.sum(head_keys * query[None], axis=1), -jnp.inf)
+            largest = jnp.max(scores)
+            weights = jnp.where(visible, jnp.exp(scores - largest), 0)
+            store(partial_ref, jnp.sum(weights[:, None] * head_values, axis=0), token, head * group + n, split, dims)
+            largest_ref[token, head * group + n, split] = largest
+            total_ref[token, head * group + n, split] = jnp.sum(weights)
+
+        @when(newest // size == split)
+        def _():
+            for new_ref, cache in ((k_ref, keys_ref), (v_ref, values_ref)):
+                for start, length in _powers_of_two(head_dim):
+                    part = start + jnp.arange(length)
+                    store(cache, load(new_ref, token, head, part).astype(cache.dtype), token, newest, head, part)
+
+    keys, values, partial, largest, total = call(
+        body,
+        *(array.astype(jnp.float32) for array in (q, k, v)),
+        position.astype(jnp.int32),
+        keys,
+        values,
+        name="attend",
+        grid=(splits, num_kv_heads, batch),
+        out_shape=[
+            *(jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in (keys, values)),
+            jax.ShapeDtypeStruct((batch, num_heads, splits, padded), jnp.float32),
+            *[jax.ShapeDtypeStruct((batch, num_heads, splits), jnp.float32)] * 2,
+        ],
+        aliases={4: 0, 5: 1},
+        warps=size // 8,
+    )
+    return _combine(partial, largest, total)[:, :, :head_dim], keys, values
+
+
+def _combine(partial: jax.Array, largest: jax.Array, total: jax.Array) -> jax.Array:
+    """(B, N, H) from the softmaxes of the runs of slots: their sums (B, N, runs, H), largest scores and totals."""
+    batch, num_heads, splits, width = partial.shape
+    lanes = min(_COMBINED, 1 << (splits - 1).bit_length())
+
+    def body(partial_ref, largest_ref, total_ref, out_ref):
+        head, token = program_id(0), program_id(1)
+        dims = jnp.arange(width)
+        every = jnp.arange(1 << (splits - 1).bit_length())
+        most = load(largest_ref, token, head, every, mask=every < splits)
+        most = jnp.max(jnp.where(every < splits, most, -jnp.inf))
+
+        def step(i, carry):
+            sums, totals = carry
+            runs = i * lanes + jnp.arange(lanes)
+            exists = runs < splits
+            weight = jnp.exp(load(largest_ref, token, head, runs, mask=exists) - most)
+            weight = jnp.where(exists, weight, 0)
+            rows = load(partial_ref, token, head, runs[:, None], dims[None], mask=exists[:, None])
+            totals += jnp.sum(weight * load(total_ref, token, head, runs, mask=exists))
+            return sums + jnp.sum(weight[:, None] * rows, axis=0), totals
+
+        sums, totals = jax.lax.fori_loop(0, -(-splits // lanes), step, (jnp.zeros(width, jnp.float32), jnp.float32(0)))
+        store(out_ref, sums / totals, token, head, dims)
+
+    (out,) = call(
+        body,
+        partial,
+        largest,
+        total,
+        name="combine",
+        grid=(num_heads, batch),
+        out_shape=[jax.ShapeDtypeStruct((batch, num_heads, width), jnp.float32)],
+        warps=4,
+    )
+    return out
+
+
+def _powers_of_two(number: int) -> list[tuple[int, int]]:
+    """Starts and lengths of runs that cover the number and have a power of two each."""
+    runs, start = [], 0
+    for bit in reversed(range(number.bit_length())):
+        if number & 1 << bit:
+            runs.append((start, 1 << bit))
+            start += 1 << bit
+    return runs

@@ -1,0 +1,141 @@
+"""The Pallas kernels for CUDA: lowered anywhere, compiled where the CUDA wheels are, and what they refuse."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from pallas_kernels.tiles import DEFAULTS, TABLE, Tiles, choose
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def random_operands(*, batch=2, width=48, neurons=200, rank=16, seed=0) -> list[jax.Array]:
+    """x, gate, up, down_t, a, b and bias, of which about half of the neurons are predicted."""
+    keys = jax.random.split(jax.random.key(seed), 7)
+    shapes = [(batch, width), *[(neurons, width)] * 3, (rank, width), (neurons, rank), (neurons,)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        Tiles(),
+        Tiles(neurons=16, rows=1, columns=16, groups=1, slots=1, down_columns=16),
+        Tiles(neurons=64, rows=8, columns=32, groups=8, slots=2, down_columns=32),
+        Tiles(neurons=256, rows=16, groups=2, slots=32),
+    ],
+)
+def test_the_result_does_not_depend_on_the_tiles(tiles):
+    operands = random_operands()
+    expected = pallas_kernels.sparse_ffn(*operands, tiles=Tiles(neurons=32))
+    y, counts = jax.jit(partial(pallas_kernels.sparse_ffn, tiles=tiles))(*operands)
+    np.testing.assert_allclose(y, expected[0], rtol=0, atol=1e-5 * np.abs(expected[0]).max())
+    np.testing.assert_array_equal(counts, expected[1])
+
+
+def test_wrong_operands_are_named():
+    x, gate, up, down_t, a, b, bias = random_operands()
+    with pytest.raises(ValueError, match="'swiglu'; a sparse FFN is reglu, drelu, fatrelu"):
+        pallas_kernels.sparse_ffn(x, gate, up, down_t, a, b, bias, kind="swiglu")
+    with pytest.raises(ValueError, match=r"up has shape \(199, 48\), which is not that of \(200, 48\); b has shape"):
+        pallas_kernels.sparse_ffn(x, gate, up[1:], down_t, a, b.T, bias)
+    with pytest.raises(ValueError, match="gate is int8, which goes with scales"):
+        pallas_kernels.sparse_ffn(x, gate.astype(jnp.int8), up, down_t, a, b, bias)
+    packed = (jnp.zeros((200, 24), jnp.uint8), jnp.ones(200))
+    with pytest.raises(ValueError, match="up has 4 bits"):
+        pallas_kernels.sparse_ffn(x, gate, packed, down_t, a, b, bias)
+
+
+def test_tiles_of_a_gpu_older_or_newer_than_those_known():
+    assert choose(1, 1, "bfloat16", "sm_75") == choose(1, 1, "bfloat16", "sm_80") == DEFAULTS["sm_80"]
+    assert choose(1, 1, "bfloat16", "sm_87") == DEFAULTS["sm_86"]
+    assert choose(1, 1, "bfloat16", "sm_120") == DEFAULTS["sm_90"]
+
+
+def test_every_tile_is_a_power_of_two():
+    for tiles in [*DEFAULTS.values(), *TABLE.values()]:
+        assert all(size.bit_count() == 1 for size in vars(tiles).values())
+
+
+def test_a_machine_without_a_gpu_says_what_to_do():
+    if any(device.platform == "gpu" for device in jax.devices()):
+        pytest.skip("there is a GPU")
+    assert "install jsparse[cuda]" in pallas_kernels.unavailable()
+
+
+@pytest.mark.parametrize("name", ["llama_ours", "llama_int8", "qwen2_batch", "minicpm_float32", "odd"])
+def test_kernels_lower_for_cuda_with_no_cuda_wheels(name):
+    """The text holds a Triton module per kernel: nothing was interpreted, and no dense product stands in."""
+    script = (
+        "import cuda_aot, sys, jax, jax.numpy as jnp\n"
+        "from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh\n"
+        f"case = cuda_aot.CASES[{name!r}]\n"
+        "struct = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))\n"
+        "device = AbstractDevice('NVIDIA H100', None, 'cuda')\n"
+        "with use_abstract_mesh(AbstractMesh((1,), ('x',), abstract_device=device)):\n"
+        "    traced = jax.jit(cuda_aot.ffn(case)).trace(*cuda_aot.operands(case, struct))\n"
+        "    print(traced.lower(lowering_platforms=('cuda',)).as_text())\n"
+    )
+    text = run(["-c", script, "unused"])
+    assert text.count("__gpu$xla.gpu.triton") + text.count("triton_kernel_call") == 2
+    assert 'name = "predict_gate_up"' in text or "predict_gate_up" in text
+    assert "down" in text
+
+
+WHEELS = {
+    "jax_cuda13_plugin": "jax-cuda13-plugin",
+    "jax_plugins.xla_cuda13": "jax-cuda13-pjrt",
+    "nvidia.cu13": "nvidia-cuda-nvcc and nvidia-nvvm",
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict:
+    """What `cuda_aot` prints."""
+    missing = [wheel for module, wheel in WHEELS.items() if not is_installed(module)]
+    if missing:
+        pytest.skip(f"compiling for CUDA needs {', '.join(missing)}: make test-cuda-aot")
+    return json.loads(run(["-m", "cuda_aot", str(tmp_path_factory.mktemp("dump"))]))
+
+
+def test_kernels_compile_for_cuda_and_spill_nothing(compiled):
+    kernels = compiled["kernels"]
+    assert {name.rpartition("-")[2] for name in kernels} == {"sm_80", "sm_90"}
+    for name, found in kernels.items():
+        expected = {"attend", "combine"} if "attend" in name else {"predict_gate_up", "down"}
+        assert set(found) == expected, name
+        for kernel, resources in found.items():
+            assert resources["spilled"] == 0, (name, kernel)
+            assert resources["registers"] <= 128, (name, kernel)
+
+
+def test_a_decode_step_takes_few_kernels(compiled):
+    """The numbers are in docs/gpu.md."""
+    assert compiled["decode"] == {
+        "Llama-2-7B": {"layer": 14, "rest": 13},
+        "Qwen2-7B": {"layer": 17, "rest": 11},  # q, k and v have biases
+    }
+
+
+def is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def run(command: list[str]) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
