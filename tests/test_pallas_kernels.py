@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jsparse
 import pallas_kernels
+from jsparse.ffn import cuda
 from pallas_kernels.tiles import DEFAULTS, TABLE, Tiles, choose
 
 REPOSITORY = Path(__file__).parent.parent
@@ -92,6 +94,43 @@ def test_kernels_lower_for_cuda_with_no_cuda_wheels(name):
     assert "down" in text
 
 
+@pytest.fixture(scope="module")
+def fitted():
+    params = jsparse.load("default")
+    return jsparse.fit_predictors(params, [np.arange(4000) % params.config.vocab_size], rank=16)
+
+
+PROMPT = "def read(self, size):\n"
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_generation_with_interpreted_kernels(fitted, sparse, monkeypatch):
+    """The whole decode loop on the CUDA executor gives the tokens that XLA's gives."""
+    if cuda.unavailable() is None:
+        pytest.skip("the kernels are compiled here")
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    options = {"max_new_tokens": 12, "sparse": sparse}
+    texts = [jsparse.generate(fitted, PROMPT, executor=executor, **options) for executor in ("cuda", "xla")]
+    assert texts[0] == texts[1]
+    prompts = [PROMPT, ">>> 37 + 58\n"]
+    batches = [jsparse.generate(fitted, prompts, executor=executor, **options) for executor in ("cuda", "xla")]
+    assert batches[0] == batches[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [["--dense"], []], ids=["dense", "sparse"])
+def test_generation_on_a_gpu_gives_the_tokens_of_the_cpu(fitted, options, tmp_path):
+    if reason := pallas_kernels.unavailable():
+        pytest.skip(reason)
+    jsparse.save(fitted, tmp_path / "fitted")
+    texts = {}
+    for platform, executor in (("cuda", "cuda"), ("cpu", "cpu")):
+        command = ["-m", "jsparse", "generate", str(tmp_path / "fitted"), PROMPT, "--max-new-tokens", "64", *options]
+        texts[executor] = run([*command, "--executor", executor], JAX_PLATFORMS=platform)
+    assert texts["cuda"] == texts["cpu"]
+    assert len(texts["cpu"]) > 60
+
+
 WHEELS = {
     "jax_cuda13_plugin": "jax-cuda13-plugin",
     "jax_plugins.xla_cuda13": "jax-cuda13-pjrt",
@@ -134,8 +173,8 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def run(command: list[str]) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
+def run(command: list[str], **variables: str) -> str:
+    environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
