@@ -10,7 +10,6 @@ import dataclasses
 import re
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks import gpu, other_engines, plain_xla, random_models
 from benchmarks.decode import (

@@ -1,6 +1,6 @@
-"""Dense decoding as one would write it in JAX: 16-bit operands, float32 sums. What a GPU's sparse decoding is held against.
+"""Dense decoding as one would write it in JAX: 16-bit operands, float32 sums.
 
-It stands where an executor stands (see `jsparse.ffn.select`), without a sparse FFN.
+What sparse decoding on a GPU is held against; it stands where an executor does, without a sparse FFN.
 """
 
 import jax

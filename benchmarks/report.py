@@ -17,7 +17,7 @@ KEYS = ("engine", "shape", "mode", "dtype", "predicted", "active", "ms", "gbps",
 
 
 class BandwidthProbe:
-    """GB/s at which the device reads memory: a gigabyte, larger than any cache, in one call of `read` or several passes."""
+    """GB/s at which the device reads memory: a gigabyte, larger than any cache, in `passes` passes by `read`."""
 
     def __init__(self, read: Callable[[jax.Array], Any] = cpu_kernels.read, passes: int = 1):
         self._read, self._passes = read, passes

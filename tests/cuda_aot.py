@@ -16,6 +16,7 @@ from pathlib import Path
 DUMP = Path(sys.argv[1])
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["LLVM_DISABLE_SYMBOLIZATION"] = "1"  # or every warning in XLA's compiler costs a symbolised stack trace
 os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMP} --xla_dump_emitter_re=.* --xla_gpu_autotune_level=0"
 
 # ruff: noqa: E402  JAX reads the environment when it is imported

@@ -16,6 +16,7 @@ import pytest
 import jsparse
 import pallas_kernels
 from jsparse.ffn import cuda
+from pallas_kernels import tune
 from pallas_kernels.tiles import DEFAULTS, TABLE, Tiles, choose
 
 REPOSITORY = Path(__file__).parent.parent
@@ -174,7 +175,41 @@ def is_installed(module: str) -> bool:
 
 
 def run(command: list[str], **variables: str) -> str:
-    environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
+    environment = {
+        **os.environ,
+        **variables,
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
+    }
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_the_tuner_finds_the_fastest_tiles(monkeypatch):
+    """On interpreted kernels, with the times given: that it tries the sizes and keeps the best of both kernels."""
+    x, layer = jnp.ones((1, 32)), tune.random_layer(jax.random.key(0), 64, 32, 8, "int8")
+    assert tune.measure(Tiles(), x, [layer], rounds=1) > 0
+    _, counts = pallas_kernels.sparse_ffn(x, *layer, kind="fatrelu", threshold=-1e9)
+    assert 0 < counts[0, 0] == counts[0, 1] < 64
+    wanted = Tiles(neurons=64, rows=2, gate_warps=4, groups=8, slots=2, down_columns=256, down_warps=8)
+
+    def distance(tiles, *_):
+        return float(sum(abs(a - b) for a, b in zip(vars(tiles).values(), vars(wanted).values())))
+
+    monkeypatch.setattr(tune, "measure", distance)
+    assert tune.tune(jnp.ones((1, 4096)), [], Tiles(), 1) == (wanted, 0)
+
+
+@pytest.mark.parametrize("shape", ["11008", "a,b,c", "1,2,-3"])
+def test_the_tuner_refuses_a_broken_shape(shape, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(["--shape", shape])
+    assert stopped.value.code == 2
+    assert f"--shape {shape}" in capsys.readouterr().err
+
+
+def test_the_tuner_needs_a_gpu(capsys):
+    if pallas_kernels.unavailable() is None:
+        pytest.skip("there is a GPU")
+    assert tune.main(["--shape", "64,32,8"]) == 2
+    assert "measured on a GPU: JAX finds no CUDA device" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""Find a shape's tile sizes on this GPU: `python -m pallas_kernels.tune --shape 11008,4096,1024 [--dtype bfloat16]`.
+
+Measures the sparse FFN on random weights of which about a tenth of the neurons are predicted and active, a token at a
+time, first over the tiles of `predict_gate_up`, then over those of `down`, and prints the row for `tiles.TABLE`.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import Matrix, sparse_ffn, unavailable
+from pallas_kernels.tiles import Tiles, choose, generation
+
+ROTATED_BYTES = 1e9
+"""Weights that are read in turn, so that no L2 cache holds them."""
+GATE = {"neurons": (16, 32, 64), "rows": (1, 2, 4, 8), "columns": (1024, 4096), "gate_warps": (4, 8)}
+DOWN = {"groups": (2, 4, 8), "slots": (2, 4, 8), "down_columns": (256, 512, 1024), "down_warps": (2, 4, 8)}
+_LANES = 64
+"""Most rows that a program of `down` holds at once."""
+
+
+def random_layer(key: jax.Array, neurons: int, width: int, rank: int, dtype: str) -> list[Matrix]:
+    """gate, up, down_t, a, b and bias; the predictor has 4 bits."""
+    keys = jax.random.split(key, 5)
+
+    def weight(key):
+        if dtype == "int8":
+            scale = jnp.full((neurons,), width**-0.5 / 64)
+            return jax.random.randint(key, (neurons, width), -127, 128, jnp.int8), scale
+        return (jax.random.normal(key, (neurons, width)) * width**-0.5).astype(dtype)
+
+    def int4(key, rows, columns):
+        bits = jax.random.randint(key, (rows, -(-columns // 2)), 0, 256).astype(jnp.uint8)
+        return bits, jnp.full((rows,), columns**-0.5 / 4.6)  # the nibbles' deviation: scores of variance 1
+
+    predictor = int4(keys[3], rank, width), int4(keys[4], neurons, rank)
+    return [*(weight(k) for k in keys[:3]), *predictor, jnp.full((neurons,), -1.28)]
+
+
+def measure(tiles: Tiles, x: jax.Array, layers: list[list[Matrix]], rounds: int) -> float:
+    """Milliseconds of a layer: the fastest of so many rounds over all of them in one program."""
+
+    @jax.jit
+    def program(x, layers):
+        for layer in layers:
+            # phi and psi keep every predicted neuron: the threshold is below any gate value.
+            x = x + 0 * partial(sparse_ffn, kind="fatrelu", threshold=-1e9, tiles=tiles)(x, *layer)[0]
+        return x
+
+    program(x, layers).block_until_ready()
+    taken = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        program(x, layers).block_until_ready()
+        taken.append(time.perf_counter() - begun)
+    return min(taken) / len(layers) * 1e3
+
+
+def candidates(start: Tiles, options: dict[str, tuple[int, ...]], width: int) -> list[Tiles]:
+    made = [dataclasses.replace(start, **dict(zip(options, sizes))) for sizes in itertools.product(*options.values())]
+    limit = 1 << (width - 1).bit_length()
+    return [
+        tiles
+        for tiles in made
+        if tiles.rows <= tiles.neurons
+        and tiles.groups * tiles.slots <= _LANES
+        and max(tiles.columns, tiles.down_columns) <= max(limit, 1024)
+    ]
+
+
+def tune(x: jax.Array, layers: list, start: Tiles, rounds: int) -> tuple[Tiles, float]:
+    """The fastest tiles and their milliseconds; what does not compile is left out, and said."""
+    best, fastest = start, measure(start, x, layers, rounds)
+    for options in (GATE, DOWN):
+        for tiles in candidates(best, options, x.shape[1]):
+            try:
+                taken = measure(tiles, x, layers, rounds)
+            except jax.errors.JaxRuntimeError as error:
+                print(f"left out {tiles}: {str(error).splitlines()[0]}", file=sys.stderr)
+                continue
+            print(f"{taken:.4f} ms {tiles}", file=sys.stderr)
+            if taken < fastest:
+                best, fastest = tiles, taken
+    return best, fastest
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", required=True, help="neurons, width and predictor rank: 11008,4096,1024")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "int8"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args(arguments)
+    try:
+        neurons, width, rank = (int(size) for size in args.shape.split(","))
+        if min(neurons, width, rank, args.rounds) < 1:
+            raise ValueError
+    except ValueError:
+        parser.error(f"--shape {args.shape} is not three positive numbers with commas, or --rounds is below 1")
+    if reason := unavailable():
+        print(f"error: tile sizes are measured on a GPU: {reason}", file=sys.stderr)
+        return 2
+    bytes_per_layer = neurons * width * 3 * {"int8": 1, "float32": 4}.get(args.dtype, 2)
+    count = max(2, round(ROTATED_BYTES / bytes_per_layer))
+    layers = [random_layer(key, neurons, width, rank, args.dtype) for key in jax.random.split(jax.random.key(0), count)]
+    x = jax.random.normal(jax.random.key(1), (1, width))
+    start = choose(neurons, width, args.dtype)
+    before = measure(start, x, layers, args.rounds)
+    best, fastest = tune(x, layers, start, args.rounds)
+    key = (generation(), neurons, width, args.dtype)
+    print(
+        f"{jax.devices()[0].device_kind}: {before:.4f} ms before, {fastest:.4f} ms after. For TABLE:", file=sys.stderr
+    )
+    print(f"    {key!r}: {best!r},")
+    print(json.dumps({"gpu": key[0], "shape": [neurons, width, rank], "dtype": args.dtype, **vars(best)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
