@@ -2,14 +2,11 @@
 
 As `benchmarks.decode`: random weights with the published sparsity, one sequence, context 1,100, all layers, at the
 published operating point and at ours; against plain JAX, jitted, and transformers in PyTorch, eager and compiled with a
-static cache. Times are of whole tokens, host included. Also counts the kernels of a decode step.
+static cache. Times are of whole tokens, host included.
 """
 
 import argparse
 import dataclasses
-import re
-
-import jax
 
 from benchmarks import gpu, other_engines, plain_xla, random_models
 from benchmarks.decode import (
@@ -40,8 +37,6 @@ def measure(shape: str, config, dtypes: list[str], others: list[str], rounds: in
             name = "jsparse" if point is None else f"jsparse, {point.name}"
             made = JsparseEngine(config, weights, caches, layer, point, cuda)
             engines[name, "sparse" if point else "dense", dtype] = made.engine()
-            if jax.default_backend() == "gpu":
-                print(f"{name}, {dtype}: {count_kernels(made.compiled_text())} kernels in a decode step")
     for other in others:
         engine = other_engines.Transformers(
             config, CONTEXT, TOKENS, device="cuda", dtype="float16", compiled=other == "compiled"
@@ -50,21 +45,6 @@ def measure(shape: str, config, dtypes: list[str], others: list[str], rounds: in
             engine.run, 2 * elements(config) + cache_bytes(caches[0])
         )
     return compare(shape, config, engines, rounds, probe)
-
-
-def count_kernels(compiled: str) -> int:
-    """Operations of the decode loop's body that launch a kernel, in the text of a compiled program.
-
-    The body is the computation that a `while` names and that has the most fusions and custom calls.
-    """
-    bodies = set(re.findall(r"\bwhile\(.*body=%?([\w.-]+)", compiled))
-    found = 0
-    for body in bodies:
-        text = re.search(rf"^%?{re.escape(body)} .*?^}}", compiled, re.MULTILINE | re.DOTALL)
-        if text:
-            launches = re.findall(r" (?:fusion|custom-call|copy|sort|scatter|dynamic-update-slice)\(", text.group())
-            found = max(found, len(launches))
-    return found
 
 
 def main() -> None:

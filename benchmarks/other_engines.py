@@ -107,13 +107,22 @@ def write_gguf(path: Path, config: jsparse.ModelConfig, dtype: str) -> None:
 
 
 class Transformers:
-    """transformers in PyTorch, bfloat16, with its dynamic cache."""
+    """transformers in PyTorch: eager with its dynamic cache, or compiled with a static one."""
 
-    def __init__(self, config: jsparse.ModelConfig, context: int, tokens: int):
+    def __init__(
+        self,
+        config: jsparse.ModelConfig,
+        context: int,
+        tokens: int,
+        *,
+        device: str = "cpu",
+        dtype: str = "bfloat16",
+        compiled: bool = False,
+    ):
         import torch
         import transformers
 
-        self._torch, self._tokens, self._begin = torch, tokens, context - tokens // 2
+        self._torch, self._tokens, self._begin, self._device = torch, tokens, context - tokens // 2, device
         shape = transformers.LlamaConfig(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -124,27 +133,41 @@ class Transformers:
             vocab_size=config.vocab_size,
             hidden_act="relu",
             max_position_embeddings=config.context_length,
-            dtype=torch.bfloat16,
+            dtype=getattr(torch, dtype),
         )
         with torch.device("meta"):
             model = transformers.LlamaForCausalLM(shape)
-        self._model = model.to_empty(device="cpu").to(torch.bfloat16).eval()
-        for parameter in self._model.parameters():
+        model = model.to_empty(device=device).to(getattr(torch, dtype)).eval()
+        for parameter in model.parameters():
             parameter.data.fill_(0.01)
         model.model.rotary_emb.__init__(shape)  # its frequencies are no parameters
-        self._cache = transformers.DynamicCache()
+        model.model.rotary_emb.to(device)
+        self._cache = (
+            transformers.StaticCache(config=shape, max_cache_len=context + tokens)
+            if compiled
+            else transformers.DynamicCache()
+        )
+        self._compiled, self._forward = compiled, model.forward
         self._feed([1] * self._begin)
+        if compiled:
+            self._forward = torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
 
     def _feed(self, ids: list[int]) -> None:
         with self._torch.inference_mode():
-            ids = self._torch.tensor([ids])
-            self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            ids = self._torch.tensor([ids], device=self._device)
+            self._forward(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
 
     def run(self) -> float:
         def steps():
             for i in range(self._tokens):
                 self._feed([1 + i])
+            if self._device == "cuda":
+                self._torch.cuda.synchronize()
 
         taken = seconds(steps)
-        self._cache.crop(-self._tokens)
+        if self._compiled:
+            for layer in self._cache.layers:
+                layer.cumulative_length.sub_(self._tokens)
+        else:
+            self._cache.crop(-self._tokens)
         return taken

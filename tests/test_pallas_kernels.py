@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -165,6 +166,16 @@ def test_a_decode_step_takes_few_kernels(compiled):
         "Llama-2-7B": {"layer": 14, "rest": 13},
         "Qwen2-7B": {"layer": 17, "rest": 11},  # q, k and v have biases
     }
+
+
+def test_the_hand_written_cuda_compiles(tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    source = REPOSITORY / "benchmarks" / "sparse_ffn.cu"
+    command = [nvcc, "-arch=sm_80", "--std=c++17", "-cubin", "-o", str(tmp_path / "out"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def is_installed(module: str) -> bool:
