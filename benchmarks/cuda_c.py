@@ -34,7 +34,9 @@ class CudaC:
         num_neurons, width = layers[0][0].gate.shape
         blocks = -(-num_neurons // NEURONS)
         self._sizes = num_neurons, width, layers[0][1].rank, blocks, -(-blocks // GROUPS)
-        self._x = cupy.from_dlpack(x.astype(jnp.float32).reshape(-1))
+        flat = x.astype(jnp.float32).reshape(-1)
+        jax.block_until_ready((flat, layers))  # CuPy's stream does not wait for JAX's
+        self._x = cupy.from_dlpack(flat)
         self._scratch = {
             "z": cupy.empty(self._sizes[2], "float32"),
             "survivors": cupy.empty(blocks * NEURONS, "int32"),

@@ -22,7 +22,8 @@ from jsparse.params import FFNWeights, Predictor
 
 ROTATED_BYTES = 1.5e9
 """Weights that are rotated: many times what an L2 cache holds."""
-REPEATS = 10
+REPEATS = 100
+"""Of the layers in one program, so that starting it does not count: a sparse layer takes some 10 microseconds."""
 SPEC = FFNSpec("fatrelu", random_models.threshold())
 
 
@@ -94,7 +95,7 @@ def engines_of(layer: random_models.Layer, x: jax.Array, points: tuple, dtype: s
 
 
 def cuda_c_seconds(x, layers, repeats: int, expected: jax.Array) -> Callable[[], float] | None:
-    """None where CuPy is missing. Exits when its result is not that of the Pallas kernels."""
+    """None where there is no GPU or no CuPy, and where its result is not that of the Pallas kernels."""
     from benchmarks.cuda_c import CudaC
 
     if jax.default_backend() != "gpu":
@@ -105,9 +106,13 @@ def cuda_c_seconds(x, layers, repeats: int, expected: jax.Array) -> Callable[[],
     except ImportError:
         print("CUDA C by hand is left out: CuPy is not installed (pip install cupy-cuda13x)")
         return None
+    except Exception as error:  # the other engines' figures are worth having without it
+        print(f"CUDA C by hand is left out: {type(error).__name__}: {error}")
+        return None
     error = np.abs(made.result - np.asarray(expected[0])).max() / np.abs(expected).max()
     if not error < 1e-4:
-        raise SystemExit(f"the CUDA C kernels disagree with the Pallas kernels: relative error {error:.1e}")
+        print(f"CUDA C by hand is left out: it disagrees with the Pallas kernels, relative error {error:.1e}")
+        return None
     return made.run
 
 
@@ -180,7 +185,7 @@ def main() -> None:
             ]
             print_rows(f"{shape}: one FFN layer, one token; memory reads at {probe.gbps:.0f} GB/s", rows)
             results += rows
-    print_json(results)
+            print_json(results)
 
 
 if __name__ == "__main__":

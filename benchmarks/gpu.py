@@ -2,7 +2,11 @@
 
 import argparse
 import dataclasses
+import os
 import sys
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # other engines need memory too
+
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +32,26 @@ SMALL = dataclasses.replace(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=positive, default=15)
     parser.add_argument(
         "--interpret", action="store_true", help="a tiny shape, kernels interpreted: shows that it runs, not how fast"
     )
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def shapes(args: argparse.Namespace) -> dict[str, jsparse.ModelConfig]:
     """The shapes to measure. Exits with 2 where there is no GPU to measure."""
     if args.interpret:
-        print("Pallas kernels are interpreted: the times below say nothing about a GPU.")
+        if jax.default_backend() == "gpu":
+            print("There is a GPU: the kernels are compiled, for a shape too small to measure anything.")
+        else:
+            print("Pallas kernels are interpreted: the times below say nothing about a GPU.")
         return {"small": SMALL}
     if reason := pallas_kernels.unavailable():
         print(f"error: {reason}; or --interpret runs a tiny shape on any machine", file=sys.stderr)

@@ -137,7 +137,7 @@ class Transformers:
         )
         with torch.device("meta"):
             model = transformers.LlamaForCausalLM(shape)
-        model = model.to_empty(device=device).to(getattr(torch, dtype)).eval()
+        model = model.to(getattr(torch, dtype)).to_empty(device=device).eval()
         for parameter in model.parameters():
             parameter.data.fill_(0.01)
         model.model.rotary_emb.__init__(shape)  # its frequencies are no parameters
@@ -166,8 +166,9 @@ class Transformers:
 
         taken = seconds(steps)
         if self._compiled:
-            for layer in self._cache.layers:
-                layer.cumulative_length.sub_(self._tokens)
+            with self._torch.inference_mode():
+                for layer in self._cache.layers:
+                    layer.cumulative_length.sub_(self._tokens)
         else:
             self._cache.crop(-self._tokens)
         return taken

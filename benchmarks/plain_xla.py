@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from jsparse.attention import attend
-from jsparse.quantization import Matrix, QuantizedRows, dequantize, take_rows
+from jsparse.quantization import Matrix, QuantizedRows, take_rows
 
 __all__ = ["attend", "dense_ffn", "linear", "linears", "take_rows"]
 
 
 def linear(x: jax.Array, weight: Matrix) -> jax.Array:
-    """x W^T in float32 for x (..., D) and W (out, D)."""
-    weight = _plain(weight)
-    return jnp.einsum("...d,od->...o", x.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
+    """x W^T in float32 for x (..., D) and W (out, D); of int8 rows the sums are scaled, so that W is never widened."""
+    values, scale = _stored(weight)
+    return jnp.einsum("...d,od->...o", x.astype(values.dtype), values, preferred_element_type=jnp.float32) * scale
 
 
 def linears(x: jax.Array, weights) -> tuple[jax.Array, ...]:
@@ -24,9 +24,11 @@ def linears(x: jax.Array, weights) -> tuple[jax.Array, ...]:
 
 def dense_ffn(x: jax.Array, ffn, spec) -> jax.Array:
     hidden = spec.phi(linear(x, ffn.gate)) * spec.psi(linear(x, ffn.up))
-    down_t = _plain(ffn.down_t)
-    return jnp.matmul(hidden.astype(down_t.dtype), down_t, preferred_element_type=jnp.float32)
+    values, scale = _stored(ffn.down_t)
+    return jnp.matmul((hidden * scale).astype(values.dtype), values, preferred_element_type=jnp.float32)
 
 
-def _plain(matrix: Matrix) -> jax.Array:
-    return dequantize(matrix).astype(jnp.bfloat16) if isinstance(matrix, QuantizedRows) else matrix
+def _stored(matrix: Matrix) -> tuple[jax.Array, jax.Array | float]:
+    if isinstance(matrix, QuantizedRows):
+        return matrix.values.astype(jnp.bfloat16), matrix.scale
+    return matrix, 1.0

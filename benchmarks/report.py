@@ -92,4 +92,4 @@ def print_rows(title: str, rows: Sequence[dict]) -> None:
 
 
 def print_json(rows: Sequence[dict]) -> None:
-    print(json.dumps(list(rows)))
+    print(json.dumps(list(rows)), flush=True)

@@ -203,6 +203,9 @@ def _choose(logits, keys, sampling):
     return sample(logits, draws, sampling.temperature, sampling.top_k, sampling.top_p), keys
 
 
+_choose_jit = jax.jit(_choose)
+
+
 def _ends(token, position, sampling, config):
     """Whether a sequence ends with this token: it is an end-of-text token, or the context is full."""
     return jnp.isin(token, sampling.eos_ids) | (position + 1 >= config.context_length)
@@ -271,6 +274,9 @@ class Decoding:
         self.sampling = sampling
         self._weights = params.weights
         self._predictors = params.predictors if sparse else None
+        on_device = hasattr(executor, "DeviceLoop") and executor.decodes_on_device()
+        if hasattr(executor, "place") and not on_device:
+            self._weights, self._predictors = executor.place(self._weights, self._predictors)
         longest = max(map(len, prompts))
         self.remaining = min(max_new_tokens, config.context_length - min(map(len, prompts)))
         most = min(longest + max_new_tokens, config.context_length)
@@ -285,11 +291,17 @@ class Decoding:
         begun = time.perf_counter()
         self._state = prefill(self._weights, tokens, lengths, keys, sampling, model=self.model, slots=slots)
         self._first = np.asarray(self._state.token)
+        self._loop = None
+        if on_device:
+            choose = None if sampling.is_greedy else partial(_choose_jit, sampling=sampling)
+            self._loop = executor.DeviceLoop(
+                config, self.model.spec, self._weights, self._predictors, self._state, choose, CHUNK
+            )
         self.statistics.prefill_seconds = time.perf_counter() - begun
 
     @property
     def done(self) -> bool:
-        return self.remaining <= 0 or bool(np.all(self._state.finished))
+        return self.remaining <= 0 or bool(np.all(self._loop.finished if self._loop else self._state.finished))
 
     def first(self) -> np.ndarray:
         """The token chosen by the prefill, (B, 1)."""
@@ -300,9 +312,12 @@ class Decoding:
         """Decode up to max_steps tokens per sequence, (B, steps), PAD where a sequence had ended."""
         steps = min(max_steps, self.remaining, CHUNK)
         begun = time.perf_counter()
-        self._state, tokens, counts = decode_chunk(
-            self._weights, self._predictors, self._state, self.sampling, jnp.int32(steps), model=self.model
-        )
+        if self._loop:
+            tokens, counts = self._loop.advance(steps)
+        else:
+            self._state, tokens, counts = decode_chunk(
+                self._weights, self._predictors, self._state, self.sampling, jnp.int32(steps), model=self.model
+            )
         tokens = np.asarray(tokens)
         self.statistics.decode_seconds += time.perf_counter() - begun
         self.statistics.counts += np.asarray(counts)
@@ -312,4 +327,7 @@ class Decoding:
 
     def finish(self, rows: np.ndarray) -> None:
         """Mark sequences (B,) as ended, whatever they would have said next."""
+        if self._loop:
+            self._loop.finish(rows)
+            return
         self._state = dataclasses.replace(self._state, finished=self._state.finished | jnp.asarray(rows))

@@ -195,10 +195,10 @@ def _fit_clipped(gate, x, mean, a, threshold):
 
 @jax.jit
 def _clipped_block(gate, x, whitened, threshold):
-    value = gate @ x.T
+    value = jnp.matmul(gate, x.T, precision="highest")
     floor = jnp.minimum(value.mean(axis=1), threshold) - _CLIP * value.std(axis=1)
     value = jnp.maximum(value, floor[:, None].astype(jnp.float32))
-    return value @ whitened / len(x), value.mean(axis=1)
+    return jnp.matmul(value, whitened, precision="highest") / len(x), value.mean(axis=1)
 
 
 @partial(jax.jit, static_argnames="bits")

@@ -29,7 +29,9 @@ def unavailable() -> str | None:
     """Why the kernels cannot run here, or None."""
     try:
         device = jax.devices("cuda")[0]
-    except RuntimeError:
+    except (RuntimeError, AssertionError):  # the latter where JAX_PLATFORMS asks for a plugin that is not installed
+        if (allowed := jax.config.jax_platforms) and "cuda" not in allowed:
+            return f"JAX finds no CUDA device: JAX_PLATFORMS is {allowed}, which leaves them out"
         return "JAX finds no CUDA device: install jsparse[cuda] and check that nvidia-smi lists a GPU"
     if device.platform != jax.default_backend():
         return f"JAX computes on {jax.default_backend()} here; JAX_PLATFORMS=cuda chooses the GPU"
@@ -48,6 +50,8 @@ def dense_ffn(
       kind: reglu (phi relu, psi identity), drelu (both relu), fatrelu (phi keeps what is greater than `threshold`), or
         swiglu (phi silu).
     """
+    if kind not in (*_SPARSE, "swiglu"):
+        raise ValueError(f"kind is {kind!r}; it must be {', '.join(_SPARSE)} or swiglu")
     phi, psi = _activations(kind, threshold)
     x = x.astype(jnp.float32)
     return products.transposed(phi(linear(x, gate)) * psi(linear(x, up)), down_t)
@@ -86,8 +90,7 @@ def sparse_ffn(
     _check(x, gate, up, down_t, a, b, bias, kind)
     phi, psi = _activations(kind, threshold)
     if tiles is None:
-        stored = gate[0] if isinstance(gate, tuple) else gate
-        tiles = choose(*stored.shape, str(stored.dtype))
+        tiles = choose(*_values(gate).shape, str(_values(gate).dtype))
     x = x.astype(jnp.float32)
     survivors, hidden, counts = kernels.predict_gate_up(
         x, linear(x, a), b, bias, gate, up, phi=phi, psi=psi, parallel=parallel, tiles=tiles
@@ -108,28 +111,34 @@ def _activations(kind: str, threshold: float) -> tuple[Callable, Callable]:
     return phi, psi
 
 
+_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
 def _check(x, gate, up, down_t, a, b, bias, kind: str) -> None:
+    if x.ndim != 2 or bias.ndim != 1 or 0 in x.shape or 0 in bias.shape:
+        raise ValueError(f"x and bias have shapes {x.shape} and {bias.shape}; they must be (B, D) and (F,), not empty")
     problems = []
     if kind not in _SPARSE:
         problems.append(f"kind is {kind!r}; a sparse FFN is {', '.join(_SPARSE)}")
-    width, (num_neurons,), (rank, _) = x.shape[1], bias.shape, _shape(a)
+    width, (num_neurons,), rank = x.shape[1], bias.shape, _values(a).shape[0]
     wanted = {"gate": (num_neurons, width), "up": (num_neurons, width), "down_t": (num_neurons, width)}
     wanted |= {"a": (rank, width), "b": (num_neurons, rank)}
-    for name, matrix in zip(wanted, (gate, up, down_t, a, b)):
-        rows, columns = wanted[name]
-        dtype = (matrix[0] if isinstance(matrix, tuple) else matrix).dtype
-        packed = dtype == jnp.uint8
-        if _shape(matrix) != (rows, -(-columns // 2) if packed else columns):
-            problems.append(f"{name} has shape {_shape(matrix)}, which is not that of ({rows}, {columns})")
-        if isinstance(matrix, tuple) != (dtype in (jnp.int8, jnp.uint8)):
-            problems.append(
-                f"{name} is {dtype}, which goes {'with' if not isinstance(matrix, tuple) else 'without'} scales"
-            )
-        elif packed and name in ("gate", "up", "down_t"):
+    for (name, (rows, columns)), matrix in zip(wanted.items(), (gate, up, down_t, a, b)):
+        values, dtype = _values(matrix), _values(matrix).dtype
+        stored = (rows, -(-columns // 2) if dtype == jnp.uint8 else columns)
+        if values.shape != stored:
+            problems.append(f"{name} has shape {values.shape}, which is not that of ({rows}, {columns})")
+        if not isinstance(matrix, tuple) and dtype not in _FLOATS:
+            problems.append(f"{name} is {dtype} without scales")
+        if isinstance(matrix, tuple) and (dtype not in (jnp.int8, jnp.uint8) or matrix[1].shape != (rows,)):
+            problems.append(f"{name} is {dtype} with scales {matrix[1].shape}; int8 or uint8 with ({rows},) is known")
+        if dtype == jnp.uint8 and name in ("gate", "up", "down_t"):
             problems.append(f"{name} has 4 bits; the kernels read weights of 8 or more")
+        if values.size >= 2**31:
+            problems.append(f"{name} has {values.size} elements; the kernels count to 2^31")
     if problems:
         raise ValueError("; ".join(problems))
 
 
-def _shape(matrix: Matrix) -> tuple[int, int]:
-    return (matrix[0] if isinstance(matrix, tuple) else matrix).shape
+def _values(matrix: Matrix) -> jax.Array:
+    return matrix[0] if isinstance(matrix, tuple) else matrix

@@ -55,7 +55,8 @@ def _split_product(x: jax.Array, values: jax.Array, axis: int) -> jax.Array:
         values = values.astype(jnp.bfloat16)  # exact, and fused into the product
     is_half = values.dtype == jnp.float16
     # float16 has few exponents: the parts are taken relative to each token's largest value, and each magnified.
-    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True) if is_half else jnp.ones((1, 1))
+    size = jnp.where(jnp.isfinite(x), jnp.abs(x), 0) if is_half else jnp.ones((1, 1))
+    largest = jnp.max(size, axis=1, keepdims=True)
     scale = jnp.where(largest > 0, largest, 1)
     count, step = (2, 2048.0) if is_half else (3, 1.0)
     parts = _parts(x / scale, values.dtype, count, step)
@@ -71,7 +72,7 @@ def _parts(x: jax.Array, dtype, count: int, step: float) -> jax.Array:
     for _ in range(count):
         # Not a cast and back, which XLA takes for nothing.
         parts.append(jax.lax.reduce_precision(x, info.nexp, info.nmant))
-        x = (x - parts[-1]) * step
+        x = jnp.where(jnp.isfinite(x), x - parts[-1], 0) * step  # an infinity is all in its first part
     return jnp.concatenate(parts).astype(dtype)
 
 

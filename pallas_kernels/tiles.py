@@ -29,6 +29,12 @@ class Tiles:
     down_columns: int = 512
     down_warps: int = 4
 
+    def __post_init__(self):
+        if wrong := [f"{name} is {size}" for name, size in vars(self).items() if size < 1 or size.bit_count() != 1]:
+            raise ValueError(f"tile sizes are powers of two, but {', '.join(wrong)}")
+        if self.rows > self.neurons:
+            raise ValueError(f"rows is {self.rows}, more than the {self.neurons} neurons of a program")
+
 
 DEFAULTS: dict[str, Tiles] = {
     "sm_80": Tiles(),
@@ -53,4 +59,5 @@ def choose(neurons: int, width: int, dtype: str, gpu: str | None = None) -> Tile
     """Tiles for a layer (F, D) whose weights have that dtype, on that GPU generation or the one JAX computes on."""
     gpu = gpu or generation()
     older = [name for name in DEFAULTS if int(name[3:]) <= int(gpu[3:])]
-    return TABLE.get((gpu, neurons, width, dtype)) or DEFAULTS[max(older, default="sm_80")]
+    newest = max(older, default="sm_80", key=lambda name: int(name[3:]))
+    return TABLE.get((gpu, neurons, width, dtype)) or DEFAULTS[newest]

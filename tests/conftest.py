@@ -2,8 +2,10 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with the processes that tests start
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jsparse-tests-")  # where commands keep compiled programs
 
 # ruff: noqa: E402  the import hook comes before what it checks
@@ -57,6 +59,21 @@ def random_params(config: jsparse.ModelConfig, seed: int = 0) -> jsparse.Params:
     variables = Decoder(config, reference).init(jax.random.key(seed), tokens, jnp.arange(4)[None], feed_forward)
     weights = variables["params"]
     return jsparse.Params(config, {**weights, "embed": 50 * weights["embed"]})
+
+
+_MOST_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs():
+    """Let compiled programs go before their memory mappings reach the 65,530 that Linux allows a process by default.
+
+    XLA would crash there, and the interpreted kernels of all these tests alone take more.
+    """
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,15 @@ def test_generate_keeps_what_it_compiled(tmp_path):
     assert {path.name for path in (tmp_path / "jsparse").glob("*-cache")} == kept
 
 
+def test_a_platform_that_is_not_there():
+    environment = {**os.environ, "JAX_PLATFORMS": "rocm"}
+    command = [sys.executable, "-m", "jsparse", "generate", "default", "a"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: JAX finds no device of JAX_PLATFORMS=rocm: ")
+    assert "Traceback" not in done.stderr
+
+
 def test_generate_without_a_place_to_keep_it():
     done = generate("/dev/null", "--temperature", "0.5")
     assert done.stdout

@@ -148,8 +148,8 @@ def test_attend(executor, dtype, heads, kv_heads, head_dim, slots, window):
 def test_sparse_ffn_reads_no_row_that_is_not_predicted(executor):
     """Rows of neurons that are not predicted hold NaN: one that is read, or a masked dense product, would show."""
     x, ffn, predictor = problem(batch=1)
-    predicted = np.asarray(x @ predictor.a.T.astype(jnp.float32) @ predictor.b.T.astype(jnp.float32) + predictor.bias)
-    keep = jnp.asarray(predicted[0] > 0)[:, None]
+    scores = np.asarray(x, np.float64) @ oracle.matrix(predictor.a).T @ oracle.matrix(predictor.b).T
+    keep = jnp.asarray(scores[0] + np.asarray(predictor.bias) > 0)[:, None]
     poisoned = FFNWeights(*(jnp.where(keep, m, jnp.nan) for m in (ffn.gate, ffn.up, ffn.down_t)))
     for spec in SPECS:
         y, _ = executor.sparse_ffn(x, poisoned, predictor, spec)

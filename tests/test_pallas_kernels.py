@@ -18,7 +18,7 @@ import jsparse
 import pallas_kernels
 from jsparse.ffn import cuda
 from pallas_kernels import tune
-from pallas_kernels.tiles import DEFAULTS, TABLE, Tiles, choose
+from pallas_kernels.tiles import DEFAULTS, Tiles, choose
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -53,8 +53,14 @@ def test_wrong_operands_are_named():
         pallas_kernels.sparse_ffn(x, gate, up, down_t, a, b, bias, kind="swiglu")
     with pytest.raises(ValueError, match=r"up has shape \(199, 48\), which is not that of \(200, 48\); b has shape"):
         pallas_kernels.sparse_ffn(x, gate, up[1:], down_t, a, b.T, bias)
-    with pytest.raises(ValueError, match="gate is int8, which goes with scales"):
+    with pytest.raises(ValueError, match="gate is int8 without scales"):
         pallas_kernels.sparse_ffn(x, gate.astype(jnp.int8), up, down_t, a, b, bias)
+    with pytest.raises(ValueError, match=r"gate is int8 with scales \(10,\); int8 or uint8 with \(200,\)"):
+        pallas_kernels.sparse_ffn(x, (gate.astype(jnp.int8), jnp.ones(10)), up, down_t, a, b, bias)
+    with pytest.raises(ValueError, match=r"x and bias have shapes \(48,\) and \(200,\)"):
+        pallas_kernels.sparse_ffn(x[0], gate, up, down_t, a, b, bias)
+    with pytest.raises(ValueError, match="kind is 'relu'; it must be reglu"):
+        pallas_kernels.dense_ffn(x, gate, up, down_t, kind="relu")
     packed = (jnp.zeros((200, 24), jnp.uint8), jnp.ones(200))
     with pytest.raises(ValueError, match="up has 4 bits"):
         pallas_kernels.sparse_ffn(x, gate, packed, down_t, a, b, bias)
@@ -66,15 +72,19 @@ def test_tiles_of_a_gpu_older_or_newer_than_those_known():
     assert choose(1, 1, "bfloat16", "sm_120") == DEFAULTS["sm_90"]
 
 
-def test_every_tile_is_a_power_of_two():
-    for tiles in [*DEFAULTS.values(), *TABLE.values()]:
-        assert all(size.bit_count() == 1 for size in vars(tiles).values())
+def test_tiles_that_a_kernel_cannot_have():
+    with pytest.raises(ValueError, match="neurons is 24, slots is 0"):
+        Tiles(neurons=24, slots=0)
+    with pytest.raises(ValueError, match="rows is 16, more than the 8 neurons"):
+        Tiles(neurons=8, rows=16)
 
 
 def test_a_machine_without_a_gpu_says_what_to_do():
     if any(device.platform == "gpu" for device in jax.devices()):
         pytest.skip("there is a GPU")
-    assert "install jsparse[cuda]" in pallas_kernels.unavailable()
+    assert pallas_kernels.unavailable() == "JAX finds no CUDA device: JAX_PLATFORMS is cpu, which leaves them out"
+    script = "import pallas_kernels; print(pallas_kernels.unavailable())"
+    assert "install jsparse[cuda] and check that nvidia-smi lists a GPU" in run(["-c", script], JAX_PLATFORMS="")
 
 
 @pytest.mark.parametrize("name", ["llama_ours", "llama_int8", "qwen2_batch", "minicpm_float32", "odd"])
@@ -199,6 +209,7 @@ def run(command: list[str], **variables: str) -> str:
 def test_the_tuner_finds_the_fastest_tiles(monkeypatch):
     """On interpreted kernels, with the times given: that it tries the sizes and keeps the best of both kernels."""
     x, layer = jnp.ones((1, 32)), tune.random_layer(jax.random.key(0), 64, 32, 8, "int8")
+    monkeypatch.setattr(tune, "REPEATS", 2)
     assert tune.measure(Tiles(), x, [layer], rounds=1) > 0
     _, counts = pallas_kernels.sparse_ffn(x, *layer, kind="fatrelu", threshold=-1e9)
     assert 0 < counts[0, 0] == counts[0, 1] < 64

@@ -9,11 +9,13 @@ from jsparse.errors import JsparseError
 
 EXECUTORS: dict[str, str] = {
     "cuda": "jsparse.ffn.cuda",
+    "cann": "jsparse.ffn.cann",
     "cpu": "jsparse.ffn.cpu",
     "xla": "jsparse.ffn.reference",
 }
 """Module of every executor, in the order in which `auto` tries them. Each has `unavailable()`, `take_rows`, `linear`,
-`linears`, `dense_ffn`, `sparse_ffn` and `attend`."""
+`linears`, `dense_ffn`, `sparse_ffn` and `attend`. One whose device is not JAX's (cann) has also `place`, which puts
+weights there before a step takes them, and `DeviceLoop`, which runs the decode loop there."""
 
 
 def select_executor(name: str = "auto") -> ModuleType:

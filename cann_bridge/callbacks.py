@@ -1,0 +1,51 @@
+"""The custom ops inside jitted JAX: the weights stay on the device and are found by handle, only x and y cross."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cann_bridge.devices import import_torch
+from cann_bridge.handover import Matrix, held, hold, resident, resident_predictor
+from cann_bridge.ops import ops
+
+
+def place_ffn(gate: Matrix, up: Matrix, down_t: Matrix, where) -> jax.Array:
+    """A handle of the matrices (F, D) on the device."""
+    return hold(tuple(resident(matrix, where) for matrix in (gate, up, down_t)))
+
+
+def place_predictor(a: Matrix, b: Matrix, bias: jax.Array, where) -> jax.Array:
+    """A handle of the predictor on the device."""
+    return hold(resident_predictor(a, b, bias, where))
+
+
+def dense_ffn(x: jax.Array, ffn: jax.Array, *, kind: str, threshold: float) -> jax.Array:
+    """The dense FFN (B, D) of x (B, D), for a handle of `place_ffn`."""
+
+    def host(x, handle):
+        matrices = held(handle)
+        return ops().dense_reglu_ffn(_moved(x, matrices[0]), *matrices, kind, threshold).cpu().numpy()
+
+    return jax.pure_callback(host, jax.ShapeDtypeStruct(x.shape, jnp.float32), x, ffn, vmap_method="sequential")
+
+
+def sparse_ffn(
+    x: jax.Array, ffn: jax.Array, predictor: jax.Array, *, kind: str, threshold: float, parallel: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The FFN (B, D) over the predicted neurons, and counts (B, 2), for the handles of both."""
+
+    def host(x, ffn, predictor):
+        matrices = held(ffn)
+        y, counts = ops().sparse_reglu_ffn(
+            _moved(x, matrices[0]), *matrices, *held(predictor), kind, threshold, parallel
+        )
+        return y.cpu().numpy(), counts.cpu().numpy()
+
+    out = jax.ShapeDtypeStruct(x.shape, jnp.float32), jax.ShapeDtypeStruct((x.shape[0], 2), jnp.int32)
+    return jax.pure_callback(host, out, x, ffn, predictor, vmap_method="sequential")
+
+
+def _moved(x: Any, like):
+    return import_torch().from_numpy(np.array(x, np.float32)).to(like.device)

@@ -1,0 +1,276 @@
+"""The whole decode step and its loop in torch on the device: nothing crosses to the host but the chosen tokens."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from cann_bridge.devices import import_torch
+from cann_bridge.handover import Matrix, borrow, resident, resident_predictor
+from cann_bridge.ops import ops, product
+
+PAD = -1
+"""Stands where a sequence had already ended."""
+_GRAPH_SHARE = 1.5
+"""Rows that a captured graph reads, in terms of the most that were predicted before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a decode step needs besides arrays.
+
+    Attributes:
+      num_heads, num_kv_heads, head_dim: of the attention.
+      frequencies: (head_dim / 2,) radians per position of the rotary embedding.
+      norm_eps: of every RMSNorm.
+      embed_scale, residual_scale, logit_scale: factors of the embedding, of what a block adds, and of the last norm.
+      window: positions a token sees, itself included; None for all.
+      context_length: a sequence ends there.
+      eos_ids: tokens that end a sequence.
+      kind, threshold, parallel: of the FFN, as in `cann_bridge.ops`.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    frequencies: tuple[float, ...]
+    norm_eps: float
+    embed_scale: float
+    residual_scale: float
+    logit_scale: float
+    window: int | None
+    context_length: int
+    eos_ids: tuple[int, ...]
+    kind: str
+    threshold: float
+    parallel: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerArrays:
+    """Arrays of one layer; matrices are (out, in), the FFN's (F, D).
+
+    Attributes:
+      biases: of q, k and v, or none.
+      predictor: a, b and bias, or none for a dense FFN.
+    """
+
+    input_norm: jax.Array
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    post_attention_norm: jax.Array
+    gate: Matrix
+    up: Matrix
+    down_t: Matrix
+    biases: tuple[jax.Array, ...] = ()
+    predictor: tuple[Matrix, Matrix, jax.Array] | None = None
+
+
+class Decoder:
+    """A batch of sequences being decoded. Its state is tensors on the device, which every step writes in place."""
+
+    def __init__(
+        self, spec: Spec, embed: Matrix, layers: Sequence[LayerArrays], norm: jax.Array, head: Matrix, where: Any
+    ):
+        """Weights that are not yet on the device are handed over."""
+        self._spec, self._where = spec, where
+        self._torch = import_torch()
+        self._embed, self._head = resident(embed, where), resident(head, where)
+        self._norm = self._vector(norm)
+        self._layers = [self._layer(layer) for layer in layers]
+        self._frequencies = self._torch.tensor(spec.frequencies, dtype=self._torch.float32).to(where)
+        self._eos = self._torch.tensor(spec.eos_ids, dtype=self._torch.int64).to(where)
+        self._rows, self._graph = 0, None
+
+    def _vector(self, array: jax.Array):
+        return resident(array, self._where, self._torch.float32)
+
+    def _layer(self, layer: LayerArrays) -> dict[str, Any]:
+        matrices = {name: resident(getattr(layer, name), self._where) for name in ("q", "k", "v", "o")}
+        return matrices | {
+            "norms": [self._vector(array) for array in (layer.input_norm, layer.post_attention_norm)],
+            "biases": [self._vector(array) for array in layer.biases],
+            "ffn": [resident(matrix, self._where) for matrix in (layer.gate, layer.up, layer.down_t)],
+            "predictor": layer.predictor and resident_predictor(*layer.predictor, self._where),
+        }
+
+    def begin(
+        self, caches: Sequence[tuple[jax.Array, jax.Array]], token: Any, position: Any, finished: Any, chunk: int
+    ) -> None:
+        """Take over from a prefill.
+
+        Args:
+          caches: keys and values (B, S, K, H) per layer; slot s holds the newest position p with p % S == s.
+          token: (B,) the newest token, not yet fed; position: (B,) its position; finished: (B,) sequences that ended.
+          chunk: most steps of `greedy`.
+        """
+        torch, where = self._torch, self._where
+        self._caches = [[self._cache(side) for side in pair] for pair in caches]
+        self._token, self._position = (
+            torch.from_numpy(np.array(value, np.int64)).to(where) for value in (token, position)
+        )
+        self._finished = torch.from_numpy(np.array(finished, bool)).to(where)
+        batch = self._token.shape[0]
+        self._tokens = torch.full((batch, chunk), PAD, dtype=torch.int64).to(where)
+        self._counts = torch.zeros((len(self._layers), 2), dtype=torch.int64).to(where)
+        self._most = torch.zeros((), dtype=torch.int64).to(where)
+        self._index = torch.zeros((1,), dtype=torch.int64).to(where)
+        self._nothing = torch.zeros((batch, 2), dtype=torch.int32).to(where)
+        slots, rows = caches[0][0].shape[1], batch * self._spec.num_kv_heads
+        self._slots = torch.arange(slots).to(where)
+        self._offsets = (torch.arange(rows) * slots).to(where)
+
+    def _cache(self, side: jax.Array):
+        """Keys or values (B * K, S, H): a head's slots after one another, as its product takes them."""
+        torch = self._torch
+        # A CPU's own 16-bit products are less exact.
+        dtype = torch.float32 if self._where.type == "cpu" or side.dtype == np.float32 else torch.float16
+        batch, slots, heads, width = side.shape
+        side = borrow(side).to(self._where).to(dtype).permute(0, 2, 1, 3)
+        return side.reshape(batch * heads, slots, width).clone()
+
+    def finish(self, rows: np.ndarray) -> None:
+        """Mark sequences (B,) as ended."""
+        self._finished.logical_or_(self._torch.from_numpy(np.array(rows, bool)).to(self._where))
+
+    @property
+    def finished(self) -> np.ndarray:
+        return self._finished.cpu().numpy()
+
+    def greedy(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (B, steps), PAD after a sequence's end, and the neuron counts (L, 2) summed over them."""
+        torch = self._torch
+        with torch.no_grad():
+            self._tokens.fill_(PAD)
+            self._counts.zero_()
+            self._index.zero_()
+            for done in range(steps):
+                if done % 8 == 0 and bool(self._finished.all()):
+                    break
+                self._advance()
+            tokens, counts = self._tokens.cpu().numpy()[:, :steps], self._counts.cpu().numpy()
+            self._capture()
+        return tokens.astype(np.int32), counts.astype(np.int64)
+
+    def logits(self) -> np.ndarray:
+        """Of the next token (B, V), for a caller that chooses it and calls `choose`."""
+        with self._torch.no_grad():
+            logits, self._step_counts = self._step()
+            return logits.cpu().numpy()
+
+    def choose(self, token: np.ndarray) -> np.ndarray:
+        """Take the caller's tokens (B,) after `logits`; returns the counts (L, 2) of sequences that had not ended."""
+        with self._torch.no_grad():
+            self._counts.zero_()
+            self._take(self._torch.from_numpy(np.array(token, np.int64)).to(self._where), self._step_counts)
+            return self._counts.cpu().numpy().astype(np.int64)
+
+    def _advance(self) -> None:
+        """One greedy step, by the captured graph where there is one."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._greedy_step()
+
+    def _greedy_step(self) -> None:
+        torch = self._torch
+        logits, counts = self._step()
+        chosen = torch.argmax(logits, dim=1)
+        self._tokens.index_copy_(1, self._index, torch.where(self._finished, PAD, chosen)[:, None])
+        self._take(chosen, counts)
+
+    def _take(self, chosen: Any, counts: Any) -> None:
+        torch = self._torch
+        self._counts.add_(torch.where(self._finished[None, :, None], 0, counts.to(torch.int64)).sum(dim=1))
+        self._most.copy_(torch.maximum(self._most, counts[:, :, 0].amax().to(torch.int64)))
+        self._token.copy_(chosen)
+        self._position.add_(1)
+        self._index.add_(1)
+        ended = (chosen[:, None] == self._eos[None]).any(dim=1) | (self._position + 1 >= self._spec.context_length)
+        self._finished.logical_or_(ended)
+
+    def _capture(self) -> None:
+        """Record a step as an NPU graph, once it is known how many rows it should read, or when they became too few."""
+        graphs = getattr(getattr(self._torch, self._where.type, None), "NPUGraph", None)
+        most = int(self._most)
+        if graphs is None or not most or (self._graph is not None and most <= self._rows):
+            return
+        numbers = [self._token, self._position, self._finished, self._tokens, self._counts, self._most, self._index]
+        saved = [tensor.clone() for tensor in numbers]
+
+        def rewind():
+            for tensor, value in zip(numbers, saved):
+                tensor.copy_(value)
+            self._index.zero_()
+
+        self._rows = min(int(most * _GRAPH_SHARE), self._layers[0]["ffn"][0].shape[0])
+        self._graph = None
+        rewind()
+        self._greedy_step()  # what is allocated or compiled at a first use is no part of the graph
+        rewind()  # the slots of the caches that were written the next step writes again
+        graph = graphs()
+        with self._torch.npu.graph(graph):
+            self._greedy_step()
+        rewind()
+        self._graph = graph
+
+    def _step(self) -> tuple[Any, Any]:
+        """Logits (B, V) after the newest token, which the caches take, and the counts (L, B, 2)."""
+        torch, spec = self._torch, self._spec
+        x = spec.embed_scale * self._embed.index_select(0, self._token).to(torch.float32)
+        angles = self._position[:, None].to(torch.float32) * self._frequencies[None]
+        rotation = torch.cos(angles)[:, None], torch.sin(angles)[:, None]
+        counts = []
+        for layer, cache in zip(self._layers, self._caches):
+            x = x + spec.residual_scale * self._attention(self._normed(x, layer["norms"][0]), layer, cache, rotation)
+            y, layer_counts = self._ffn(self._normed(x, layer["norms"][1]), layer)
+            x = x + spec.residual_scale * y
+            counts.append(layer_counts)
+        return product(spec.logit_scale * self._normed(x, self._norm), self._head), torch.stack(counts)
+
+    def _normed(self, x: Any, scale: Any):
+        return x * self._torch.rsqrt((x * x).mean(dim=1, keepdim=True) + self._spec.norm_eps) * scale
+
+    def _ffn(self, x: Any, layer: dict[str, Any]) -> tuple[Any, Any]:
+        spec = self._spec
+        if layer["predictor"] is None:
+            y = ops().dense_reglu_ffn(x, *layer["ffn"], spec.kind, spec.threshold)
+            return y, self._nothing
+        return ops().sparse_reglu_ffn(
+            x, *layer["ffn"], *layer["predictor"], spec.kind, spec.threshold, spec.parallel, self._rows
+        )
+
+    def _attention(self, x: Any, layer: dict[str, Any], cache: list[Any], rotation: tuple[Any, Any]):
+        torch, spec = self._torch, self._spec
+        batch, group = x.shape[0], spec.num_heads // spec.num_kv_heads
+        parts = [product(x, layer[name]) for name in ("q", "k", "v")]
+        if layer["biases"]:
+            parts = [part + bias for part, bias in zip(parts, layer["biases"])]
+        q, k, v = (part.reshape(batch, -1, spec.head_dim) for part in parts)
+        q, k = _rotated(torch, q, *rotation), _rotated(torch, k, *rotation)
+        keys, values = cache
+        slots = keys.shape[1]
+        # One row per sequence and key head from here on.
+        position = self._position.repeat_interleave(spec.num_kv_heads)
+        place = self._offsets + position % slots
+        for side, new in ((keys, k), (values, v)):
+            side.view(-1, spec.head_dim).index_copy_(0, place, new.reshape(-1, spec.head_dim).to(side.dtype))
+        age = (position[:, None] - self._slots[None]) % slots
+        visible = age <= position[:, None]
+        if spec.window is not None:
+            visible = visible & (age < spec.window)
+        q = (q * spec.head_dim**-0.5).reshape(-1, group, spec.head_dim).to(keys.dtype)
+        scores = torch.bmm(q, keys.transpose(1, 2)).to(torch.float32)
+        scores = torch.where(visible[:, None], scores, torch.full_like(scores, float("-inf")))
+        weights = torch.softmax(scores, dim=-1).to(values.dtype)
+        out = torch.bmm(weights, values).to(torch.float32)
+        return product(out.reshape(batch, -1), layer["o"])
+
+
+def _rotated(torch: Any, x: Any, cos: Any, sin: Any):
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

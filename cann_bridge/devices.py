@@ -1,0 +1,74 @@
+"""Which device the bridge computes on, in which dtypes, and why it cannot: the rules in one place."""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+_chosen: list[Any] = []
+
+
+def import_torch() -> ModuleType:
+    """PyTorch without the backends that load themselves: a torch_npu without CANN would make the import fail."""
+    name = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        return importlib.import_module("torch")
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+def unavailable() -> str | None:
+    """Why there is no NPU to compute on, with what to do about it, or None."""
+    if _chosen:
+        return None
+    if importlib.util.find_spec("torch_npu") is None or importlib.util.find_spec("torch") is None:
+        return "torch_npu is not installed: pip install 'jsparse[cann]'"
+    torch = import_torch()
+    try:
+        importlib.import_module("torch_npu")
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        return f"torch_npu cannot load CANN ({reason}): install the CANN toolkit and source its set_env.sh"
+    if not torch.npu.is_available():
+        return "torch_npu and CANN are installed but find no Ascend device: check that npu-smi info lists one"
+    return None
+
+
+def device():
+    """The torch.device to compute on: an NPU, unless `computing_on` says otherwise."""
+    return _chosen[-1] if _chosen else import_torch().device("npu")
+
+
+@contextlib.contextmanager
+def computing_on(name: str) -> Iterator[None]:
+    """Compute on another device: `cpu`, for tests and comparisons without an NPU."""
+    _chosen.append(import_torch().device(name))
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def weight_dtype(stored: str, where):
+    """The torch dtype in which a matrix stored so is held and multiplied on that device.
+
+    An NPU takes 16-bit and low-bit matrices in float16: the 310P cannot index bfloat16, and no NPU product takes rows
+    of integers with a scale each. A CPU takes floats as they are, and low-bit ones in float32.
+    """
+    torch = import_torch()
+    if stored == "float32":
+        return torch.float32
+    if where.type != "cpu":
+        return torch.float16
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(stored, torch.float32)
+
+
+def predictor_dtype(where):
+    """The torch dtype of a predictor's factors on that device."""
+    torch = import_torch()
+    return torch.float32 if where.type == "cpu" else torch.float16

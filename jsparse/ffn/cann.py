@@ -1,0 +1,223 @@
+"""The CANN executor: the FFN, or the whole decode step, on an Ascend NPU through torch_npu.
+
+Inside jitted JAX the FFN alone is computed on the device, by callback, on weights that `place` put there; the rest of
+the step is the host's executor's. `DeviceLoop` is the fast way: the whole decode loop on the device.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jsparse.attention import KVCache
+from jsparse.config import ModelConfig
+from jsparse.ffn import FFNSpec, cpu, reference
+from jsparse.ffn.operands import flat, operand, operands
+from jsparse.layers import rope_frequencies
+from jsparse.params import FFNWeights, Predictor
+from jsparse.quantization import Matrix
+from jsparse.typing import Array, Float, Int
+
+PAD = -1
+"""As in `jsparse.generation`."""
+
+
+def unavailable() -> str | None:
+    """Why this executor cannot run here, or None."""
+    import cann_bridge
+
+    if jax.default_backend() != "cpu":
+        return f"arrays cross to the NPU from a CPU, and JAX computes on {jax.default_backend()}; set JAX_PLATFORMS=cpu"
+    return cann_bridge.unavailable()
+
+
+def decodes_on_device() -> bool:
+    """Whether generation takes `DeviceLoop`: on an NPU. On PyTorch's CPU, which is for comparisons, it does not."""
+    import cann_bridge
+
+    return cann_bridge.device().type != "cpu"
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("handle",), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Weights or a predictor on the device, which a step takes by their handle () int32."""
+
+    handle: Int[Array, ""]
+
+
+def place(weights: dict[str, Any], predictors: tuple[Predictor, ...] | None) -> tuple[dict[str, Any], Any]:
+    """The weights and predictors of a model with the FFNs' ones on the device."""
+    placed = {
+        name: {**layer, "ffn": place_ffn(layer["ffn"])} if name.startswith("layers_") else layer
+        for name, layer in weights.items()
+    }
+    return placed, predictors and tuple(map(place_predictor, predictors))
+
+
+def place_ffn(ffn: FFNWeights) -> Placed:
+    """An FFN on the device."""
+    import cann_bridge
+
+    return Placed(cann_bridge.place_ffn(*operands(ffn), cann_bridge.device()))
+
+
+def place_predictor(predictor: Predictor) -> Placed:
+    """A predictor on the device."""
+    import cann_bridge
+
+    factors = operand(predictor.a), operand(predictor.b), predictor.bias
+    return Placed(cann_bridge.place_predictor(*factors, cann_bridge.device()))
+
+
+def take_rows(matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:
+    """Rows of the matrix in float32, on the host."""
+    return _host().take_rows(matrix, indices)
+
+
+def linear(x: Float[Array, "... D"], weight: Matrix) -> Float[Array, "... out"]:
+    """x W^T, W (out, D), on the host."""
+    return _host().linear(x, weight)
+
+
+def linears(x: Float[Array, "... D"], weights: Sequence[Matrix]) -> tuple[Float[Array, "... out"], ...]:
+    """x W^T for every W, on the host."""
+    return _host().linears(x, weights)
+
+
+def dense_ffn(x: Float[Array, "... D"], ffn: FFNWeights | Placed, spec: FFNSpec) -> Float[Array, "... D"]:
+    """The FFN over all neurons: on the device where its weights are placed there, else on the host (a prefill)."""
+    import cann_bridge
+
+    if not isinstance(ffn, Placed):
+        return _host().dense_ffn(x, ffn, spec)
+    return cann_bridge.dense_ffn(flat(x), ffn.handle, kind=spec.kind, threshold=spec.threshold).reshape(x.shape)
+
+
+def sparse_ffn(
+    x: Float[Array, "B D"], ffn: Placed, predictor: Placed, spec: FFNSpec
+) -> tuple[Float[Array, "B D"], Int[Array, "B 2"]]:
+    """The FFN restricted to the predicted neurons, on the device, reading the rows of no others."""
+    import cann_bridge
+
+    return cann_bridge.sparse_ffn(
+        x,
+        ffn.handle,
+        predictor.handle,
+        kind=spec.kind,
+        threshold=spec.threshold,
+        parallel=spec.pipeline == "parallel",
+    )
+
+
+def attend(
+    q: Float[Array, "B N H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    position: Int[Array, "B"],
+    cache: KVCache,
+    window: int | None,
+) -> tuple[Float[Array, "B N H"], KVCache]:
+    """One token per sequence over its cache, on the host; as `attention.attend`."""
+    return _host().attend(q, k, v, position, cache, window)
+
+
+class DeviceLoop:
+    """The decode loop on the device, taking over from a prefill on the host."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: FFNSpec,
+        weights: dict[str, Any],
+        predictors: tuple[Predictor, ...] | None,
+        state: Any,
+        choose: Callable | None,
+        chunk: int,
+    ):
+        """state: a `generation.DecodeState`. choose: from logits and keys to tokens and keys; None for greedy."""
+        import cann_bridge
+
+        layers = [
+            _layer_arrays(weights[f"layers_{i}"], predictors[i] if predictors else None)
+            for i in range(config.num_layers)
+        ]
+        head = weights["embed"] if config.tie_embeddings else weights["lm_head"]
+        self._decoder = cann_bridge.Decoder(
+            _spec(config, spec),
+            operand(weights["embed"]),
+            layers,
+            weights["norm"]["scale"],
+            operand(head),
+            cann_bridge.device(),
+        )
+        self._decoder.begin(state.caches, state.token, state.position, state.finished, chunk)
+        self._choose, self._keys = choose, state.keys
+
+    @property
+    def finished(self) -> np.ndarray:
+        """(B,) sequences that have ended."""
+        return self._decoder.finished
+
+    def finish(self, rows: np.ndarray) -> None:
+        """Mark sequences (B,) as ended."""
+        self._decoder.finish(rows)
+
+    def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (B, steps), PAD after a sequence's end, and counts (L, 2), as `generation.decode_chunk`."""
+        if self._choose is None:
+            return self._decoder.greedy(steps)
+        tokens, counts = [], []
+        for _ in range(steps):
+            ended = self.finished
+            logits = self._decoder.logits()
+            chosen, self._keys = self._choose(logits, self._keys)
+            counts.append(self._decoder.choose(np.asarray(chosen)))
+            tokens.append(np.where(ended, PAD, np.asarray(chosen)))
+        return np.stack(tokens, axis=1).astype(np.int32), np.sum(counts, axis=0)
+
+
+def _host() -> ModuleType:
+    return reference if cpu.unavailable() else cpu
+
+
+def _spec(config: ModelConfig, spec: FFNSpec):
+    import cann_bridge
+
+    return cann_bridge.Spec(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        frequencies=tuple(rope_frequencies(config).tolist()),
+        norm_eps=config.norm_eps,
+        embed_scale=config.embed_scale,
+        residual_scale=config.residual_scale,
+        logit_scale=config.logit_scale,
+        window=config.sliding_window,
+        context_length=config.context_length,
+        eos_ids=tuple(config.eos_token_ids),
+        kind=spec.kind,
+        threshold=spec.threshold,
+        parallel=spec.pipeline == "parallel",
+    )
+
+
+def _layer_arrays(layer: dict[str, Any], predictor: Predictor | None):
+    import cann_bridge
+
+    attention = layer["attention"]
+    gate, up, down_t = operands(layer["ffn"])
+    return cann_bridge.LayerArrays(
+        input_norm=layer["input_norm"]["scale"],
+        **{name: operand(attention[f"{name}_proj"]) for name in ("q", "k", "v", "o")},
+        post_attention_norm=layer["post_attention_norm"]["scale"],
+        gate=gate,
+        up=up,
+        down_t=down_t,
+        biases=tuple(attention[f"{name}_bias"] for name in ("q", "k", "v") if f"{name}_bias" in attention),
+        predictor=predictor and (operand(predictor.a), operand(predictor.b), predictor.bias),
+    )
