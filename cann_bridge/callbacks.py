@@ -16,9 +16,9 @@ def place_ffn(gate: Matrix, up: Matrix, down_t: Matrix, where) -> jax.Array:
     return hold(tuple(resident(matrix, where) for matrix in (gate, up, down_t)))
 
 
-def place_predictor(a: Matrix, b: Matrix, bias: jax.Array, where) -> jax.Array:
-    """A handle of the predictor on the device."""
-    return hold(resident_predictor(a, b, bias, where))
+def place_predictor(a: Matrix, b: Matrix, bias: jax.Array, width: int, where) -> jax.Array:
+    """A handle of the predictor of inputs (B, width) on the device."""
+    return hold(resident_predictor(a, b, bias, width, where))
 
 
 def dense_ffn(x: jax.Array, ffn: jax.Array, *, kind: str, threshold: float) -> jax.Array:

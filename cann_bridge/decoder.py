@@ -95,7 +95,7 @@ class Decoder:
             "norms": [self._vector(array) for array in (layer.input_norm, layer.post_attention_norm)],
             "biases": [self._vector(array) for array in layer.biases],
             "ffn": [resident(matrix, self._where) for matrix in (layer.gate, layer.up, layer.down_t)],
-            "predictor": layer.predictor and resident_predictor(*layer.predictor, self._where),
+            "predictor": layer.predictor and resident_predictor(*layer.predictor, self._embed.shape[1], self._where),
         }
 
     def begin(
@@ -131,7 +131,7 @@ class Decoder:
         dtype = torch.float32 if self._where.type == "cpu" or side.dtype == np.float32 else torch.float16
         batch, slots, heads, width = side.shape
         side = borrow(side).to(self._where).to(dtype).permute(0, 2, 1, 3)
-        return side.reshape(batch * heads, slots, width).clone()
+        return side.reshape(batch * heads, slots, width).clone(memory_format=torch.contiguous_format)
 
     def finish(self, rows: np.ndarray) -> None:
         """Mark sequences (B,) as ended."""
@@ -197,7 +197,7 @@ class Decoder:
         """Record a step as an NPU graph, once it is known how many rows it should read, or when they became too few."""
         graphs = getattr(getattr(self._torch, self._where.type, None), "NPUGraph", None)
         most = int(self._most)
-        if graphs is None or not most or (self._graph is not None and most <= self._rows):
+        if graphs is None or (self._graph is not None and most <= self._rows):
             return
         numbers = [self._token, self._position, self._finished, self._tokens, self._counts, self._most, self._index]
         saved = [tensor.clone() for tensor in numbers]

@@ -43,8 +43,8 @@ def resident(matrix: Matrix, where, dtype=None):
     return _once(array, ("matrix", str(where), dtype), lambda: _moved(matrix, where, dtype))
 
 
-def resident_predictor(a: Matrix, b: Matrix, bias: jax.Array, where) -> tuple:
-    """A predictor's a, b and bias on the device.
+def resident_predictor(a: Matrix, b: Matrix, bias: jax.Array, width: int, where) -> tuple:
+    """A predictor's a (R, width), b and bias on the device.
 
     Where they are held in 16 bits, each row of a is divided by a power of two, and the column of b multiplied by it:
     the entries of a are the inverse of what the features' spread may be, which float16 cannot always hold.
@@ -53,7 +53,8 @@ def resident_predictor(a: Matrix, b: Matrix, bias: jax.Array, where) -> tuple:
 
     def make():
         torch = import_torch()
-        first, second = (_moved(m, where, torch.float32) for m in (a, b))
+        first = _moved(a, where, torch.float32, width)
+        second = _moved(b, where, torch.float32, first.shape[0])
         if dtype != torch.float32:
             largest = torch.maximum(first, -first).amax(dim=1).clamp(min=1e-30)
             scale = torch.exp2(torch.floor(torch.log2(largest)))
@@ -94,7 +95,8 @@ def _once(array: jax.Array, key: tuple, make) -> Any:
         return _resident[key]
 
 
-def _moved(matrix: Matrix, where, dtype):
+def _moved(matrix: Matrix, where, dtype, columns: int | None = None):
+    """columns: of the matrix, where it may be packed in 4 bits: an odd row has one too many in its bytes."""
     torch = import_torch()
     if not isinstance(matrix, tuple):
         tensor = borrow(matrix).to(where).to(dtype)
@@ -106,6 +108,8 @@ def _moved(matrix: Matrix, where, dtype):
         rows = values[start : start + _ROWS]
         if rows.dtype == torch.uint8:
             rows = torch.stack([(rows & 15).to(torch.float32) - 8, (rows >> 4).to(torch.float32) - 8], dim=2).flatten(1)
+        if columns is not None and columns != rows.shape[1]:
+            rows = rows[:, :columns].contiguous()
         parts.append((rows.to(torch.float32) * scale[start : start + _ROWS, None]).to(dtype))
     return torch.cat(parts)
 

@@ -66,18 +66,22 @@ def _dense(x, gate, up, down_t, kind, threshold=0.0):
 
 
 def _sparse(x, gate, up, down_t, a, b, bias, kind, threshold=0.0, parallel=False, rows=0):
-    torch = import_torch()
     if kind not in _KINDS:
         raise ValueError(f"kind is {kind!r}; a sparse FFN is {', '.join(_KINDS)}")
     if x.shape[1] != gate.shape[1] or gate.shape != up.shape or gate.shape != down_t.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, gate, up, down_t))
         raise ValueError(f"x, gate, up and down_t have shapes {shapes}, which do not fit one another")
     scores = product(product(x, a), b) + bias
-    one = (
-        functools.partial(_fixed, rows=min(rows, gate.shape[0]))
-        if rows
-        else functools.partial(_exact, parallel=parallel)
-    )
+    return over_predicted(x, scores, gate, up, down_t, kind, threshold, parallel, rows)
+
+
+def over_predicted(x, scores, gate, up, down_t, kind, threshold=0.0, parallel=False, rows=0):
+    """What is left of the op when the scores (B, F) are known: y and counts."""
+    torch = import_torch()
+    if rows:
+        one = functools.partial(_fixed, rows=min(rows, gate.shape[0]))
+    else:
+        one = functools.partial(_exact, parallel=parallel)
     done = [one(x[i : i + 1], scores[i], gate, up, down_t, kind, threshold) for i in range(x.shape[0])]
     return torch.cat([y for y, _ in done]), torch.stack([counts for _, counts in done])
 

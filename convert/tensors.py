@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -164,8 +165,13 @@ def import_torch(path: Path) -> ModuleType:
     Raises:
       ConversionError: it is not installed.
     """
+    autoload = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+    before = os.environ.get(autoload)
+    os.environ[autoload] = "0"  # an installed torch_npu without CANN would make the import fail
     try:
         import torch
     except ImportError:
         raise ConversionError(f"{path} is a PyTorch file, which needs PyTorch: pip install 'jsparse[hf]'") from None
+    finally:
+        os.environ.pop(autoload) if before is None else os.environ.update({autoload: before})
     return torch

@@ -17,7 +17,7 @@ from jsparse.config import ModelConfig
 from jsparse.decoder import Decoder
 from jsparse.errors import JsparseError
 from jsparse.ffn import FFNSpec
-from jsparse.params import Params, Predictor
+from jsparse.params import Params
 from jsparse.sampling import greedy, sample
 from jsparse.typing import Array, Bool, Float, Int, Shaped
 
@@ -134,7 +134,7 @@ def prefill(
 
 def decode_step(
     weights: dict[str, Any],
-    predictors: tuple[Predictor, ...] | None,
+    predictors: tuple[Any, ...] | None,
     token: Int[Array, "B"],
     position: Int[Array, "B"],
     caches: tuple[KVCache, ...],
@@ -142,7 +142,8 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], tuple[KVCache, ...], Int[Array, "L B 2"]]:
     """Feed one token per sequence: logits for the next, the caches grown by it, and the executors' neuron counts.
 
-    Without predictors the FFN is dense and the counts are zero.
+    Weights and predictors are those of `Params`, or what the executor's `place` made of them. Without predictors the
+    FFN is dense and the counts are zero.
     """
 
     def feed_forward(layer, x, ffn):
@@ -162,7 +163,7 @@ def decode_step(
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
 def decode_chunk(
     weights: dict[str, Any],
-    predictors: tuple[Predictor, ...] | None,
+    predictors: tuple[Any, ...] | None,
     state: DecodeState,
     sampling: Sampling,
     num_steps: Int[Array, ""],

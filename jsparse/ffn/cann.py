@@ -71,7 +71,7 @@ def place_predictor(predictor: Predictor) -> Placed:
     import cann_bridge
 
     factors = operand(predictor.a), operand(predictor.b), predictor.bias
-    return Placed(cann_bridge.place_predictor(*factors, cann_bridge.device()))
+    return Placed(cann_bridge.place_predictor(*factors, predictor.a.shape[1], cann_bridge.device()))
 
 
 def take_rows(matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:

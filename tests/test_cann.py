@@ -1,0 +1,350 @@
+"""The CANN bridge without an NPU: its ops, what it hands over, generation on PyTorch's CPU and a simulated NPU."""
+
+import contextlib
+import gc
+import os
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import simulated_npu
+import torch
+
+import cann_bridge
+import jsparse
+from cann_bridge import handover
+from cann_bridge.devices import weight_dtype
+from cann_bridge.ops import ops
+from jsparse.ffn import FFNSpec, cann
+
+ROOT = Path(__file__).parent.parent
+PROMPT = "def read(self, size):\n"
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    params = jsparse.load("default")
+    return jsparse.fit_predictors(params, [np.arange(4000) % params.config.vocab_size], rank=16)
+
+
+@pytest.fixture
+def npu():
+    """A simulated NPU, computed on."""
+    made = simulated_npu.install()
+    made.chip = "910B"
+    with cann_bridge.computing_on("npu"):
+        yield made
+
+
+@contextlib.contextmanager
+def loop_on(name: str, monkeypatch):
+    """Generation by `DeviceLoop` on that device of PyTorch's."""
+    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+    with cann_bridge.computing_on(name):
+        yield
+
+
+def operands(*, batch=2, width=24, neurons=64, rank=8, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, width), *[(neurons, width)] * 3, (rank, width), (neurons, rank), (neurons,)]
+    x, *matrices, a, b, bias = (torch.randn(shape, generator=generator) for shape in shapes)
+    return [x, *(m.to(dtype) for m in matrices), a, b, bias]
+
+
+@pytest.mark.parametrize("kind", ["reglu", "drelu", "fatrelu"])
+@pytest.mark.parametrize(("parallel", "rows"), [(False, 0), (True, 0), (False, 48)])
+def test_opcheck(kind, parallel, rows):
+    arguments = (*operands(), kind, 0.3, parallel, rows)
+    torch.library.opcheck(ops().sparse_reglu_ffn.default, arguments)
+    torch.library.opcheck(ops().dense_reglu_ffn.default, (*operands()[:4], kind, 0.3))
+
+
+def test_the_ops_compile():
+    arguments, defined = operands(), ops()
+
+    def step(x, *rest):
+        y, counts = defined.sparse_reglu_ffn(x, *rest, "reglu")
+        return defined.dense_reglu_ffn(x + y, *rest[:3], "reglu") * 2, counts
+
+    expected, compiled = step(*arguments), torch.compile(step, fullgraph=True)(*arguments)
+    for one, other in zip(expected, compiled):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_fixed_number_of_rows_drops_the_lowest_scores():
+    arguments = operands(batch=1)
+    exact, counts = ops().sparse_reglu_ffn(*arguments, "reglu")
+    predicted = int(counts[0, 0])
+    enough, _ = ops().sparse_reglu_ffn(*arguments, "reglu", 0.0, False, predicted)
+    torch.testing.assert_close(enough, exact)
+    fewer, fewer_counts = ops().sparse_reglu_ffn(*arguments, "reglu", 0.0, False, predicted - 5)
+    assert fewer_counts[0, 0] == predicted
+    x, gate, up, down_t, a, b, bias = arguments
+    scores = (x @ a.T @ b.T + bias)[0]
+    lowest = scores.sort(descending=True).values[predicted - 5]
+    kept = torch.where(scores > lowest, bias, -torch.inf)
+    torch.testing.assert_close(fewer, ops().sparse_reglu_ffn(x, gate, up, down_t, a, b, kept, "reglu")[0])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_every_way_generates_the_same_tokens(fitted, sparse, monkeypatch):
+    def texts(executor):
+        options = {"max_new_tokens": 48, "sparse": sparse, "executor": executor}
+        return [jsparse.generate(fitted, prompt, **options) for prompt in (PROMPT, [PROMPT, ">>> 37 + 58\n"])]
+
+    expected = texts("xla")
+    with cann_bridge.computing_on("cpu"):
+        assert texts("cann") == expected  # by callback
+    with loop_on("cpu", monkeypatch):
+        assert texts("cann") == expected
+    npu = simulated_npu.install()
+    with loop_on("npu", monkeypatch):
+        assert texts("cann") == expected
+    assert "replay" in npu.log, "no step ran as a captured graph"
+    if jsparse.ffn.select.select_executor().__name__.endswith("cpu"):
+        assert texts("cpu") == expected
+
+
+def test_sampled_tokens_are_those_of_other_executors(fitted, monkeypatch):
+    options = {"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.9, "seed": 3, "stop": "\n\n\n"}
+    expected = jsparse.generate(fitted, [PROMPT, "a = "], executor="xla", **options)
+    with loop_on("cpu", monkeypatch):
+        assert jsparse.generate(fitted, [PROMPT, "a = "], executor="cann", **options) == expected
+
+
+@pytest.mark.parametrize("changes", [{"qkv_bias": True}, {"sliding_window": 40}, {"tie_embeddings": False}])
+def test_every_part_of_a_decoder(changes, monkeypatch):
+    """Biases, a window that the tokens leave, an untied head; on the reference's tokens."""
+    import dataclasses
+
+    from conftest import TINY, random_params
+
+    params = random_params(dataclasses.replace(TINY, **changes))
+    prompts = [np.arange(1, 34) % 128, np.arange(5)]
+    expected = jsparse.generate(params, prompts, max_new_tokens=40, executor="xla")
+    with loop_on("cpu", monkeypatch):
+        found = jsparse.generate(params, prompts, max_new_tokens=40, executor="cann")
+    for one, other in zip(found, expected):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_weights_cross_once_and_every_operation_is_on_the_device(fitted, npu, monkeypatch):
+    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+    jsparse.generate(fitted, PROMPT, max_new_tokens=20, executor="cann")
+    npu.log.clear()
+    jsparse.generate(fitted, PROMPT, max_new_tokens=20, executor="cann")
+    ffn = fitted.weights["layers_0"]["ffn"].gate.nbytes
+    assert max(npu.crossed("to npu")) < ffn
+    caches = 2 * fitted.config.num_layers
+    assert sum(size >= 4096 for size in npu.crossed("to npu")) == caches, "something besides the KV cache crossed again"
+    assert {"aten::index_select", "aten::mm.out", "aten::bmm.out"} <= npu.operations()
+    assert sum(npu.crossed("to cpu")) < 2000, "more than tokens and counts came back"
+
+
+def test_by_callback_only_inputs_and_outputs_cross(fitted, npu, monkeypatch):
+    monkeypatch.setattr(cann, "decodes_on_device", lambda: False)
+    prompt = [1, 2, 3]
+    jsparse.generate(fitted, prompt, max_new_tokens=4, executor="cann")
+    npu.log.clear()
+    jsparse.generate(fitted, prompt, max_new_tokens=4, executor="cann")
+    prefill = 32 * fitted.config.hidden_size * 4  # the prompt is padded
+    assert max(npu.crossed("to npu")) == max(npu.crossed("to cpu")) == prefill
+
+
+def test_the_310p_is_not_asked_for_what_it_lacks(npu):
+    npu.chip = "310P"
+    x = torch.ones(1, 16).to("npu")
+    with pytest.raises(RuntimeError, match=r"index_select does not take torch\.bfloat16 on a simulated 310P"):
+        torch.ones(4, 4, dtype=torch.bfloat16).to("npu").index_select(0, torch.tensor([1]).to("npu"))
+    with pytest.raises(RuntimeError, match="all tensors on one device"):
+        torch.mm(x, torch.ones(16, 2))
+    gate = jax.random.normal(jax.random.key(0), (32, 16)).astype(jnp.bfloat16)
+    handle = cann_bridge.place_ffn(gate, gate, gate, cann_bridge.device())
+    assert handover.held(handle)[0].dtype == torch.float16
+    y = cann_bridge.dense_ffn(jnp.ones((1, 16)), handle, kind="reglu", threshold=0.0)
+    assert np.isfinite(y).all()
+
+
+def test_dtypes_on_a_device():
+    cpu, npu = torch.device("cpu"), types.SimpleNamespace(type="npu")
+    assert [weight_dtype(d, cpu) for d in ("float32", "bfloat16", "float16", "int8")] == [
+        *(torch.float32, torch.bfloat16, torch.float16, torch.float32)
+    ]
+    assert [weight_dtype(d, npu) for d in ("float32", "bfloat16", "float16", "int8", "uint8")] == [
+        *(torch.float32, torch.float16, torch.float16, torch.float16, torch.float16)
+    ]
+
+
+def test_a_predictor_with_entries_beyond_float16(npu):
+    """a holds inverses of what the features' spread may be; its rows are scaled and b's columns against them."""
+    a = jnp.asarray([[1e6, -3e5], [1e-6, 2e-6]])
+    b = jnp.asarray([[1e-6, 1e6], [-2e-6, 5e5]])
+    first, second, _ = handover.resident_predictor(a, b, jnp.zeros(2), 2, cann_bridge.device())
+    assert first.dtype == torch.float16
+    found = second.cpu().double() @ first.cpu().double()
+    np.testing.assert_allclose(found, np.asarray(b, np.float64) @ np.asarray(a, np.float64), rtol=2e-3)
+
+
+def test_weights_beyond_float16_are_refused(npu):
+    with pytest.raises(ValueError, match=r"a weight of shape \(1, 2\) has values that torch.float16 cannot hold"):
+        handover.resident(jnp.asarray([[1e30, 1.0]], jnp.bfloat16), cann_bridge.device())
+
+
+def test_what_jax_owns_is_borrowed_and_never_written():
+    array = jax.random.normal(jax.random.key(0), (64, 32))
+    before = np.array(array)
+    tensor = handover.resident(array, torch.device("cpu"))
+    assert tensor.data_ptr() == array.unsafe_buffer_pointer()
+    with cann_bridge.computing_on("cpu"):
+        handle = cann_bridge.place_ffn(array, array, array, cann_bridge.device())
+        cann_bridge.dense_ffn(jnp.ones((1, 32)), handle, kind="reglu", threshold=0.0).block_until_ready()
+    np.testing.assert_array_equal(array, before)
+
+
+def test_tensors_go_when_their_arrays_go():
+    gc.collect()
+    before = handover.counts()
+    with cann_bridge.computing_on("cpu"):
+        array = jax.random.normal(jax.random.key(0), (64, 32))
+        handle = cann_bridge.place_ffn(array, array, array, cann_bridge.device())
+    assert handover.counts() == (before[0] + 1, before[1] + 1)
+    del handle, array
+    gc.collect()
+    assert handover.counts() == before
+
+
+def test_a_thousand_steps_leave_memory_flat(fitted, npu, monkeypatch):
+    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+
+    def steps(count):
+        for _ in range(count // 50):
+            jsparse.generate(fitted, PROMPT, max_new_tokens=51, executor="cann")
+        npu.log.clear()
+        gc.collect()
+        return handover.counts(), resident_memory()
+
+    held, memory = steps(200)
+    held_after, memory_after = steps(1000)
+    assert held_after == held
+    assert memory_after - memory < 30e6
+
+
+def test_a_thousand_callbacks_leave_memory_flat():
+    x, ffn, predictor, spec = small_layer()
+
+    @jax.jit
+    def run(x, count):
+        step = lambda _, x: x + 0 * cann.sparse_ffn(x, ffn, predictor, spec)[0]  # noqa: E731
+        return jax.lax.fori_loop(0, count, step, x)
+
+    with cann_bridge.computing_on("cpu"):
+        run(x, 200).block_until_ready()
+        held, memory = handover.counts(), resident_memory()
+        run(x, 1000).block_until_ready()
+        assert handover.counts() == held
+        assert resident_memory() - memory < 30e6
+
+
+def small_layer():
+    from test_executors import problem
+
+    with cann_bridge.computing_on("cpu"):
+        x, ffn, predictor = problem(batch=1)
+        return x, cann.place_ffn(ffn), cann.place_predictor(predictor), FFNSpec("reglu")
+
+
+def resident_memory() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["callback", "whole step"])
+def test_two_threads_at_once(fitted, whole, monkeypatch):
+    monkeypatch.setattr(cann, "decodes_on_device", lambda: whole)
+    prompts = [PROMPT, ">>> 37 + 58 - 12\n"]
+    expected = [jsparse.generate(fitted, prompt, max_new_tokens=40, executor="xla") for prompt in prompts]
+    found: dict[int, list[str]] = {0: [], 1: []}
+
+    def work(i):
+        for _ in range(3):
+            found[i].append(jsparse.generate(fitted, prompts[i], max_new_tokens=40, executor="cann"))
+
+    with cann_bridge.computing_on("cpu"):
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+    assert found == {i: [expected[i]] * 3 for i in range(2)}
+
+
+def test_an_exception_in_an_op_reaches_the_caller(monkeypatch):
+    x, ffn, predictor, spec = small_layer()
+    run = jax.jit(cann.sparse_ffn, static_argnames="spec")
+    with cann_bridge.computing_on("cpu"):
+        expected = run(x, ffn, predictor, spec=spec)[0]
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"have shapes .* which do not fit one another"):
+            jax.block_until_ready(run(x[:, :5], ffn, predictor, spec=spec))
+        with pytest.raises(ValueError, match="kind is 'swiglu'; a sparse FFN is reglu"):
+            ops().sparse_reglu_ffn(*operands(), "swiglu")
+        np.testing.assert_array_equal(run(x, ffn, predictor, spec=spec)[0], expected)
+
+
+def test_without_torch_npu():
+    assert cann_bridge.unavailable() == "torch_npu is not installed: pip install 'jsparse[cann]'"
+    with pytest.raises(jsparse.JsparseError, match="executor 'cann' cannot run here: torch_npu is not installed"):
+        jsparse.generate(jsparse.load("default"), "a", executor="cann")
+
+
+def test_with_cann_but_no_device(monkeypatch):
+    simulated_npu.install()
+    stand_in = types.ModuleType("torch_npu")
+    stand_in.__spec__ = types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "torch_npu", stand_in)
+    assert cann_bridge.unavailable() is None
+    monkeypatch.setattr(torch.npu, "is_available", lambda: False)
+    assert cann_bridge.unavailable() == (
+        "torch_npu and CANN are installed but find no Ascend device: check that npu-smi info lists one"
+    )
+
+
+@pytest.fixture(scope="module")
+def real_torch_npu(tmp_path_factory) -> Path:
+    """A folder with torch_npu's real wheel, which no CANN is there for."""
+    if Path("/usr/local/Ascend").exists():
+        pytest.skip("CANN is installed here")
+    folder = tmp_path_factory.mktemp("torch_npu")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    if subprocess.run([*command, "torch_npu==2.13.0"], capture_output=True).returncode:
+        pytest.skip("there is no torch_npu 2.13.0 to install for this Python and platform")
+    return folder
+
+
+def test_the_real_torch_npu_without_cann_breaks_nothing(real_torch_npu, tmp_path):
+    script = """
+import sys
+import jsparse, cann_bridge
+print(jsparse.generate(jsparse.load("default"), ">>> 1 + 1\\n", max_new_tokens=2, executor="auto"))
+print(cann_bridge.unavailable())
+from convert.tensors import import_torch
+print(import_torch("x.bin").ones(2).sum().item())
+try:
+    jsparse.generate(jsparse.load("default"), "a", executor="cann")
+except jsparse.JsparseError as error:
+    print(error)
+"""
+    path = os.pathsep.join([str(real_torch_npu), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert "torch_npu cannot load CANN (" in lines[-3]
+    assert "install the CANN toolkit and source its set_env.sh" in lines[-3]
+    assert lines[-2] == "2.0"
+    assert lines[-1].startswith("executor 'cann' cannot run here: torch_npu cannot load CANN")
