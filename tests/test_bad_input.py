@@ -129,7 +129,7 @@ OPTIONS = {
     "seed broken": ({"seed": 1.5}, "seed is 1.5"),
     "seed nan": ({"seed": float("nan")}, "seed is nan"),
     "seed text": ({"seed": "a"}, "seed is a"),
-    "executor": ({"executor": "tpu"}, "executor 'tpu' does not exist; choose from auto, cuda, cpu, xla"),
+    "executor": ({"executor": "tpu"}, "executor 'tpu' does not exist; choose from auto, cuda, cann, cpu, xla"),
     "pipeline": ({"pipeline": "fast"}, "pipeline is 'fast'"),
     "sparse without predictors": ({"sparse": True}, "sparse=True needs predictors"),
     "empty stop": ({"stop": ["a", ""]}, "a stop string is empty"),
