@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from jsparse.attention import KVCache
-from jsparse.ffn import FFNSpec
-from jsparse.ffn.operands import flat, operand, operands
+from jsparse.ffn import FFNSpec, operands
+from jsparse.ffn.operands import flat, operand
 from jsparse.params import FFNWeights, Predictor
 from jsparse.quantization import Matrix, take_rows
 from jsparse.typing import Array, Float, Int
@@ -36,7 +36,7 @@ def dense_ffn(x: Float[Array, "... D"], ffn: FFNWeights, spec: FFNSpec) -> Float
     """The FFN over all neurons (the formula is at `FFNSpec`)."""
     import pallas_kernels
 
-    return pallas_kernels.dense_ffn(flat(x), *operands(ffn), kind=spec.kind, threshold=spec.threshold).reshape(x.shape)
+    return operands.dense_ffn(pallas_kernels, x, ffn, spec)
 
 
 def sparse_ffn(
@@ -45,16 +45,7 @@ def sparse_ffn(
     """The FFN restricted to the predicted neurons, reading the rows of no others; as `reference.sparse_ffn`."""
     import pallas_kernels
 
-    return pallas_kernels.sparse_ffn(
-        x,
-        *operands(ffn),
-        operand(predictor.a),
-        operand(predictor.b),
-        predictor.bias,
-        kind=spec.kind,
-        threshold=spec.threshold,
-        parallel=spec.pipeline == "parallel",
-    )
+    return operands.sparse_ffn(pallas_kernels, x, ffn, predictor, spec)
 
 
 def attend(
@@ -68,5 +59,4 @@ def attend(
     """One token per sequence over its cache, which takes its key and value in place; as `attention.attend`."""
     import pallas_kernels
 
-    out, keys, values = pallas_kernels.attend(q, k, v, position, *cache, window=window)
-    return out, (keys, values)
+    return operands.attend(pallas_kernels, q, k, v, position, cache, window)
