@@ -1,6 +1,8 @@
 """The whole decode step and its loop in torch on the device: nothing crosses to the host but the chosen tokens."""
 
 import dataclasses
+import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +16,8 @@ from cann_bridge.ops import ops, product
 PAD = -1
 """Stands where a sequence had already ended."""
 _GRAPH_SHARE = 1.5
-"""Rows that a captured graph reads, in terms of the most that were predicted before."""
+"""Rows of a layer that a captured graph reads, in terms of the most that were predicted before."""
+_capturing = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,8 @@ class Decoder:
         self._layers = [self._layer(layer) for layer in layers]
         self._frequencies = self._torch.tensor(spec.frequencies, dtype=self._torch.float32).to(where)
         self._eos = self._torch.tensor(spec.eos_ids, dtype=self._torch.int64).to(where)
-        self._rows, self._graph = 0, None
+        self._rows: list[int] | None = None
+        self._graph, self._stepped = None, False
 
     def _vector(self, array: jax.Array):
         return resident(array, self._where, self._torch.float32)
@@ -117,7 +121,8 @@ class Decoder:
         batch = self._token.shape[0]
         self._tokens = torch.full((batch, chunk), PAD, dtype=torch.int64).to(where)
         self._counts = torch.zeros((len(self._layers), 2), dtype=torch.int64).to(where)
-        self._most = torch.zeros((), dtype=torch.int64).to(where)
+        self._most = torch.zeros((len(self._layers),), dtype=torch.int64).to(where)
+        self._finite = torch.ones((), dtype=torch.bool).to(where)
         self._index = torch.zeros((1,), dtype=torch.int64).to(where)
         self._nothing = torch.zeros((batch, 2), dtype=torch.int32).to(where)
         slots, rows = caches[0][0].shape[1], batch * self._spec.num_kv_heads
@@ -130,8 +135,8 @@ class Decoder:
         # A CPU's own 16-bit products are less exact.
         dtype = torch.float32 if self._where.type == "cpu" or side.dtype == np.float32 else torch.float16
         batch, slots, heads, width = side.shape
-        side = borrow(side).to(self._where).to(dtype).permute(0, 2, 1, 3)
-        return side.reshape(batch * heads, slots, width).clone(memory_format=torch.contiguous_format)
+        side = borrow(side).to(dtype).permute(0, 2, 1, 3).reshape(batch * heads, slots, width)
+        return side.clone(memory_format=torch.contiguous_format).to(self._where)
 
     def finish(self, rows: np.ndarray) -> None:
         """Mark sequences (B,) as ended."""
@@ -139,27 +144,33 @@ class Decoder:
 
     @property
     def finished(self) -> np.ndarray:
-        return self._finished.cpu().numpy()
+        """(B,) sequences that have ended."""
+        return self._finished.cpu().numpy().copy()
 
     def greedy(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (B, steps), PAD after a sequence's end, and the neuron counts (L, 2) summed over them."""
-        torch = self._torch
-        with torch.no_grad():
+        """Tokens (B, steps), PAD after a sequence's end, and the neuron counts (L, 2) summed over them.
+
+        Raises:
+          ValueError: the logits are not finite.
+        """
+        with self._torch.no_grad():
+            if not self.finished.all():
+                self._capture()
             self._tokens.fill_(PAD)
             self._counts.zero_()
             self._index.zero_()
             for done in range(steps):
-                if done % 8 == 0 and bool(self._finished.all()):
+                if done % 8 == 0 and self.finished.all():
                     break
-                self._advance()
-            tokens, counts = self._tokens.cpu().numpy()[:, :steps], self._counts.cpu().numpy()
-            self._capture()
-        return tokens.astype(np.int32), counts.astype(np.int64)
+                self._graph.replay() if self._graph else self._greedy_step()
+            self._check()
+            return self._tokens.cpu().numpy()[:, :steps].astype(np.int32), self._counts.cpu().numpy()
 
     def logits(self) -> np.ndarray:
         """Of the next token (B, V), for a caller that chooses it and calls `choose`."""
         with self._torch.no_grad():
             logits, self._step_counts = self._step()
+            self._check()
             return logits.cpu().numpy()
 
     def choose(self, token: np.ndarray) -> np.ndarray:
@@ -169,15 +180,15 @@ class Decoder:
             self._take(self._torch.from_numpy(np.array(token, np.int64)).to(self._where), self._step_counts)
             return self._counts.cpu().numpy().astype(np.int64)
 
-    def _advance(self) -> None:
-        """One greedy step, by the captured graph where there is one."""
-        if self._graph is not None:
-            self._graph.replay()
-        else:
-            self._greedy_step()
+    def _check(self) -> None:
+        if not bool(self._finite):
+            raise ValueError(
+                f"the logits are not finite: the model's activations exceed what {self._where} computes in"
+            )
 
     def _greedy_step(self) -> None:
         torch = self._torch
+        self._stepped = True
         logits, counts = self._step()
         chosen = torch.argmax(logits, dim=1)
         self._tokens.index_copy_(1, self._index, torch.where(self._finished, PAD, chosen)[:, None])
@@ -186,7 +197,7 @@ class Decoder:
     def _take(self, chosen: Any, counts: Any) -> None:
         torch = self._torch
         self._counts.add_(torch.where(self._finished[None, :, None], 0, counts.to(torch.int64)).sum(dim=1))
-        self._most.copy_(torch.maximum(self._most, counts[:, :, 0].amax().to(torch.int64)))
+        self._most.copy_(torch.maximum(self._most, counts[:, :, 0].amax(dim=1).to(torch.int64)))
         self._token.copy_(chosen)
         self._position.add_(1)
         self._index.add_(1)
@@ -194,10 +205,13 @@ class Decoder:
         self._finished.logical_or_(ended)
 
     def _capture(self) -> None:
-        """Record a step as an NPU graph, once it is known how many rows it should read, or when they became too few."""
+        """Record a step as an NPU graph, once steps have shown how many rows it should read, or that it reads too few.
+
+        Without graphs on this device, steps go on one operation at a time.
+        """
         graphs = getattr(getattr(self._torch, self._where.type, None), "NPUGraph", None)
-        most = int(self._most)
-        if graphs is None or (self._graph is not None and most <= self._rows):
+        most = self._most.cpu().numpy()
+        if graphs is None or not self._stepped or (self._rows and (most <= self._rows).all()):
             return
         numbers = [self._token, self._position, self._finished, self._tokens, self._counts, self._most, self._index]
         saved = [tensor.clone() for tensor in numbers]
@@ -207,16 +221,22 @@ class Decoder:
                 tensor.copy_(value)
             self._index.zero_()
 
-        self._rows = min(int(most * _GRAPH_SHARE), self._layers[0]["ffn"][0].shape[0])
+        neurons = self._layers[0]["ffn"][0].shape[0]
+        self._rows = [max(1, min(int(count * _GRAPH_SHARE), neurons)) for count in most]
         self._graph = None
-        rewind()
-        self._greedy_step()  # what is allocated or compiled at a first use is no part of the graph
-        rewind()  # the slots of the caches that were written the next step writes again
         graph = graphs()
-        with self._torch.npu.graph(graph):
-            self._greedy_step()
+        try:
+            with _capturing:
+                rewind()
+                self._greedy_step()  # what is allocated or compiled at a first use is no part of the graph
+                rewind()  # the slots of the caches that were written the next step writes again
+                with self._torch.npu.graph(graph, capture_error_mode="thread_local"):
+                    self._greedy_step()
+            self._graph = graph
+        except RuntimeError as error:
+            logging.getLogger("jsparse").warning("this device captures no graphs: %s", error)
+            self._rows, self._stepped = None, False
         rewind()
-        self._graph = graph
 
     def _step(self) -> tuple[Any, Any]:
         """Logits (B, V) after the newest token, which the caches take, and the counts (L, B, 2)."""
@@ -225,23 +245,25 @@ class Decoder:
         angles = self._position[:, None].to(torch.float32) * self._frequencies[None]
         rotation = torch.cos(angles)[:, None], torch.sin(angles)[:, None]
         counts = []
-        for layer, cache in zip(self._layers, self._caches):
+        for layer, cache, rows in zip(self._layers, self._caches, self._rows or [0] * len(self._layers)):
             x = x + spec.residual_scale * self._attention(self._normed(x, layer["norms"][0]), layer, cache, rotation)
-            y, layer_counts = self._ffn(self._normed(x, layer["norms"][1]), layer)
+            y, layer_counts = self._ffn(self._normed(x, layer["norms"][1]), layer, rows)
             x = x + spec.residual_scale * y
             counts.append(layer_counts)
-        return product(spec.logit_scale * self._normed(x, self._norm), self._head), torch.stack(counts)
+        logits = product(spec.logit_scale * self._normed(x, self._norm), self._head)
+        self._finite.logical_and_((logits.amax() < float("inf")) & (logits.amin() > float("-inf")))
+        return logits, torch.stack(counts)
 
     def _normed(self, x: Any, scale: Any):
         return x * self._torch.rsqrt((x * x).mean(dim=1, keepdim=True) + self._spec.norm_eps) * scale
 
-    def _ffn(self, x: Any, layer: dict[str, Any]) -> tuple[Any, Any]:
+    def _ffn(self, x: Any, layer: dict[str, Any], rows: int) -> tuple[Any, Any]:
         spec = self._spec
         if layer["predictor"] is None:
             y = ops().dense_reglu_ffn(x, *layer["ffn"], spec.kind, spec.threshold)
             return y, self._nothing
         return ops().sparse_reglu_ffn(
-            x, *layer["ffn"], *layer["predictor"], spec.kind, spec.threshold, spec.parallel, self._rows
+            x, *layer["ffn"], *layer["predictor"], spec.kind, spec.threshold, spec.parallel, rows
         )
 
     def _attention(self, x: Any, layer: dict[str, Any], cache: list[Any], rotation: tuple[Any, Any]):

@@ -4,35 +4,44 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 _chosen: list[Any] = []
+_imported: list[ModuleType] = []
+_lock = threading.Lock()
 
 
 def import_torch() -> ModuleType:
     """PyTorch without the backends that load themselves: a torch_npu without CANN would make the import fail."""
+    if "torch" in sys.modules and _imported:
+        return sys.modules["torch"]
     name = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
-        return importlib.import_module("torch")
-    finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})
+    with _lock:
+        before = os.environ.get(name)
+        os.environ[name] = "0"
+        try:
+            _imported.append(importlib.import_module("torch"))
+        finally:
+            os.environ.pop(name) if before is None else os.environ.update({name: before})
+    return _imported[-1]
 
 
 def unavailable() -> str | None:
     """Why there is no NPU to compute on, with what to do about it, or None."""
     if _chosen:
         return None
-    if importlib.util.find_spec("torch_npu") is None or importlib.util.find_spec("torch") is None:
-        return "torch_npu is not installed: pip install 'jsparse[cann]'"
+    for name in ("torch_npu", "torch"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed: pip install 'jsparse[cann]'"
     torch = import_torch()
     try:
         importlib.import_module("torch_npu")
     except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         return f"torch_npu cannot load CANN ({reason}): install the CANN toolkit and source its set_env.sh"
     if not torch.npu.is_available():
         return "torch_npu and CANN are installed but find no Ascend device: check that npu-smi info lists one"
@@ -57,8 +66,8 @@ def computing_on(name: str) -> Iterator[None]:
 def weight_dtype(stored: str, where):
     """The torch dtype in which a matrix stored so is held and multiplied on that device.
 
-    An NPU takes 16-bit and low-bit matrices in float16: the 310P cannot index bfloat16, and no NPU product takes rows
-    of integers with a scale each. A CPU takes floats as they are, and low-bit ones in float32.
+    An NPU takes 16-bit and low-bit matrices in float16: not every chip has bfloat16, and no NPU product takes rows of
+    integers with a scale each. A CPU takes floats as they are, and low-bit ones in float32.
     """
     torch = import_torch()
     if stored == "float32":

@@ -3,6 +3,7 @@
 A tensor on the device lives as long as the JAX array that it was made from. What shares JAX's memory is never written.
 """
 
+import itertools
 import threading
 import weakref
 from typing import Any
@@ -20,16 +21,13 @@ _ROWS = 1024
 _lock = threading.RLock()
 _resident: dict[tuple, Any] = {}
 _held: dict[int, Any] = {}
-_next_handle = [1]
+_owners: dict[int, int] = {}
+_numbers = itertools.count(1)
 
 
 def borrow(array: jax.Array):
     """The array as a torch tensor on the host that shares its memory; not to be written."""
     return import_torch().from_dlpack(array)
-
-
-def values_of(matrix: Matrix) -> jax.Array:
-    return matrix[0] if isinstance(matrix, tuple) else matrix
 
 
 def resident(matrix: Matrix, where, dtype=None):
@@ -38,9 +36,8 @@ def resident(matrix: Matrix, where, dtype=None):
     Raises:
       ValueError: it holds values that the dtype cannot.
     """
-    array = values_of(matrix)
-    dtype = dtype or weight_dtype(str(array.dtype), where)
-    return _once(array, ("matrix", str(where), dtype), lambda: _moved(matrix, where, dtype))
+    dtype = dtype or weight_dtype(str(_arrays(matrix)[0].dtype), where)
+    return _once(_arrays(matrix), ("matrix", str(where), dtype), lambda: _moved(matrix, where, dtype))
 
 
 def resident_predictor(a: Matrix, b: Matrix, bias: jax.Array, width: int, where) -> tuple:
@@ -63,18 +60,39 @@ def resident_predictor(a: Matrix, b: Matrix, bias: jax.Array, width: int, where)
             _check_finite(tensor, f"the predictor's {name}", dtype)
         return first, second, borrow(bias).to(where)
 
-    return _once(values_of(b), ("predictor", str(where), dtype), make)
+    return _once((*_arrays(a), *_arrays(b), bias), ("predictor", str(where), dtype), make)
 
 
-def hold(tensors: Any) -> jax.Array:
-    """A handle () int32 by which a callback finds tensors; they are let go with it."""
-    with _lock:
-        number = _next_handle[0]
-        _next_handle[0] += 1
+def hold(arrays: tuple[jax.Array, ...], where, tensors: Any) -> jax.Array:
+    """A handle () int32 by which a callback finds tensors, for as long as it or an array they were made from lives.
+
+    The handle alone would not do: a program that was dispatched with it may not have run when it goes.
+    """
+
+    def make():
+        number = next(_numbers)
         _held[number] = tensors
-    handle = jax.numpy.asarray(number, np.int32)
-    weakref.finalize(handle, _held.pop, number, None)
+        _owners[number] = 0
+        _own(arrays[0], number)
+        return number
+
+    with _lock:
+        number = _once(arrays, ("handle", str(where)), make)
+        handle = jax.numpy.asarray(number, np.int32)
+        _own(handle, number)
     return handle
+
+
+def _own(owner: Any, number: int) -> None:
+    _owners[number] += 1
+    weakref.finalize(owner, _disown, number)
+
+
+def _disown(number: int) -> None:
+    with _lock:
+        _owners[number] -= 1
+        if not _owners[number]:
+            del _owners[number], _held[number]
 
 
 def held(handle: Any) -> Any:
@@ -82,26 +100,32 @@ def held(handle: Any) -> Any:
 
 
 def counts() -> tuple[int, int]:
-    """How many arrays have tensors on a device, and how many handles are held."""
+    """How much is kept for arrays, and how many handles are held."""
     return len(_resident), len(_held)
 
 
-def _once(array: jax.Array, key: tuple, make) -> Any:
-    key = (id(array), *key)
+def _once(arrays: tuple[jax.Array, ...], key: tuple, make) -> Any:
+    """What `make` returns for these very arrays, kept until one of them goes."""
+    key = (*map(id, arrays), *key)
     with _lock:
         if key not in _resident:
             _resident[key] = make()
-            weakref.finalize(array, _resident.pop, key, None)
+            for array in arrays:
+                weakref.finalize(array, _resident.pop, key, None)
         return _resident[key]
+
+
+def _arrays(matrix: Matrix) -> tuple[jax.Array, ...]:
+    return matrix if isinstance(matrix, tuple) else (matrix,)
 
 
 def _moved(matrix: Matrix, where, dtype, columns: int | None = None):
     """columns: of the matrix, where it may be packed in 4 bits: an odd row has one too many in its bytes."""
     torch = import_torch()
     if not isinstance(matrix, tuple):
-        tensor = borrow(matrix).to(where).to(dtype)
+        tensor = borrow(matrix).to(dtype)  # on the host: not every device has the stored dtype
         _check_finite(tensor, f"a weight of shape {tuple(matrix.shape)}", dtype)
-        return tensor
+        return tensor.to(where)
     values, scale = (borrow(array).to(where) for array in matrix)
     parts = []
     for start in range(0, values.shape[0], _ROWS):
@@ -111,6 +135,7 @@ def _moved(matrix: Matrix, where, dtype, columns: int | None = None):
         if columns is not None and columns != rows.shape[1]:
             rows = rows[:, :columns].contiguous()
         parts.append((rows.to(torch.float32) * scale[start : start + _ROWS, None]).to(dtype))
+        _check_finite(parts[-1], f"a weight of {values.shape[0]} rows", dtype)
     return torch.cat(parts)
 
 

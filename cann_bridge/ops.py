@@ -5,6 +5,7 @@ drelu or fatrelu (phi keeps a gate above `threshold`, psi is relu for drelu), fo
 """
 
 import functools
+import threading
 
 from cann_bridge.devices import import_torch
 
@@ -16,7 +17,9 @@ _SCHEMAS = (
 )
 
 
-@functools.cache
+_lock = threading.Lock()
+
+
 def ops():
     """`torch.ops.jsparse`, its ops defined at the first call.
 
@@ -28,6 +31,16 @@ def ops():
     and of those predicted beyond them none.
     """
     torch = import_torch()
+    with _lock:
+        if not _defined:
+            _define(torch)
+    return torch.ops.jsparse
+
+
+_defined: list = []
+
+
+def _define(torch) -> None:
     library = torch.library.Library("jsparse", "DEF")
     for schema in _SCHEMAS:
         library.define(schema)
@@ -36,14 +49,26 @@ def ops():
         library.impl("sparse_reglu_ffn", _sparse, key)
     torch.library.register_fake("jsparse::dense_reglu_ffn", _dense_fake, lib=library)
     torch.library.register_fake("jsparse::sparse_reglu_ffn", _sparse_fake, lib=library)
-    torch.ops.jsparse._library = library  # lives as long as the ops
-    return torch.ops.jsparse
+    _defined.append(library)  # lives as long as the ops
 
 
 def product(x, weight):
     """x W^T in float32, in the arithmetic of W."""
     torch = import_torch()
     return torch.mm(x.to(weight.dtype), weight.t()).to(torch.float32)
+
+
+def down_product(hidden, down_t):
+    """hidden (B, n) times down_t (n, D) in float32, in the arithmetic of down_t.
+
+    float16 would not hold the product of two large activations: each row is divided by a power of two first.
+    """
+    torch = import_torch()
+    if down_t.dtype != torch.float16 or not hidden.shape[1]:
+        return torch.mm(hidden.to(down_t.dtype), down_t).to(torch.float32)
+    largest = torch.maximum(hidden, -hidden).amax(dim=1, keepdim=True).clamp(min=1e-30)
+    scale = torch.exp2(torch.floor(torch.log2(largest)))
+    return torch.mm((hidden / scale).to(down_t.dtype), down_t).to(torch.float32) * scale
 
 
 def _phi(gate, kind: str, threshold: float):
@@ -58,11 +83,10 @@ def _psi(up, kind: str):
 
 
 def _dense(x, gate, up, down_t, kind, threshold=0.0):
-    torch = import_torch()
     if kind not in (*_KINDS, "swiglu"):
         raise ValueError(f"kind is {kind!r}; it must be {', '.join(_KINDS)} or swiglu")
     hidden = _phi(product(x, gate), kind, threshold) * _psi(product(x, up), kind)
-    return torch.mm(hidden.to(down_t.dtype), down_t).to(torch.float32)
+    return down_product(hidden, down_t)
 
 
 def _sparse(x, gate, up, down_t, a, b, bias, kind, threshold=0.0, parallel=False, rows=0):
@@ -97,7 +121,7 @@ def _exact(x, scores, gate, up, down_t, kind, threshold, parallel):
     neurons, hidden = predicted.index_select(0, kept), hidden.index_select(1, kept)
     if not parallel:
         hidden = hidden * _psi(product(x, up.index_select(0, neurons)), kind)
-    y = torch.mm(hidden.to(down_t.dtype), down_t.index_select(0, neurons)).to(torch.float32)
+    y = down_product(hidden, down_t.index_select(0, neurons))
     active = torch.count_nonzero(hidden)
     total = torch.full_like(active, predicted.shape[0])
     return y, torch.stack([total, active]).to(torch.int32)
@@ -110,7 +134,7 @@ def _fixed(x, scores, gate, up, down_t, kind, threshold, rows):
     hidden = _phi(product(x, gate.index_select(0, neurons)), kind, threshold)
     hidden = hidden * _psi(product(x, up.index_select(0, neurons)), kind)
     hidden = torch.where(best[None] > 0, hidden, torch.zeros_like(hidden))
-    y = torch.mm(hidden.to(down_t.dtype), down_t.index_select(0, neurons)).to(torch.float32)
+    y = down_product(hidden, down_t.index_select(0, neurons))
     return y, torch.stack([(scores > 0).sum(), torch.count_nonzero(hidden)]).to(torch.int32)
 
 

@@ -298,6 +298,7 @@ class Decoding:
             self._loop = executor.DeviceLoop(
                 config, self.model.spec, self._weights, self._predictors, self._state, choose, CHUNK
             )
+            self._state = dataclasses.replace(self._state, caches=())
         self.statistics.prefill_seconds = time.perf_counter() - begun
 
     @property

@@ -6,16 +6,16 @@ refuses them, and so are the dtypes that the named chip cannot take. It says not
 
 import contextlib
 import dataclasses
+import importlib.util
+import threading
 
+import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-REFUSED = {
-    "310P": {("aten::index_select", torch.bfloat16), ("aten::mm", torch.bfloat16), ("aten::mm", torch.int8)},
-    "910B": {("aten::mm", torch.int8)},
-}
-"""Operations and dtypes that a chip does not have."""
+REFUSED = {"310P": {torch.bfloat16, "graph"}, "910B": set()}
+"""What a chip does not have: dtypes, and captured graphs."""
 
 
 @dataclasses.dataclass
@@ -29,7 +29,6 @@ class SimulatedNPU:
 
     log: list = dataclasses.field(default_factory=list)
     chip: str = "910B"
-    capturing: "SimulatedGraph | None" = None
 
     def crossed(self, direction: str) -> list[int]:
         """Bytes of each crossing in that direction."""
@@ -57,13 +56,23 @@ class SimulatedGraph:
         _installed[0].log.append("replay")
 
 
+_thread = threading.local()
+
+
 @contextlib.contextmanager
-def _capture(graph: SimulatedGraph):
-    _installed[0].capturing = graph
+def _capture(graph: SimulatedGraph, capture_error_mode: str):
+    assert capture_error_mode == "thread_local", "other threads may generate meanwhile"
+    if "graph" in REFUSED[_installed[0].chip]:
+        raise RuntimeError(f"a simulated {_installed[0].chip} captures no graphs")
+    _thread.capturing = graph
     try:
         yield
     finally:
-        _installed[0].capturing = None
+        _thread.capturing = None
+
+
+def _capturing() -> SimulatedGraph | None:
+    return getattr(_thread, "capturing", None)
 
 
 _DYNAMIC = ("aten::nonzero", "aten::_local_scalar_dense")
@@ -120,7 +129,10 @@ def install() -> SimulatedNPU:
     """The device of this process, with an empty log."""
     if _installed:
         _installed[0].log.clear()
+        _installed[0].chip = "910B"
         return _installed[0]
+    if importlib.util.find_spec("torch_npu"):
+        pytest.skip("torch_npu is installed: its device would be the simulated one's")
     _setup_privateuseone_for_python_backend("npu", backend_module=_Backend())
     npu = SimulatedNPU()
     aten, fallback = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
@@ -132,8 +144,8 @@ def install() -> SimulatedNPU:
         return _Tensor(torch.empty(size, dtype=dtype))
 
     def copy_from(source, target, non_blocking=False):
-        if npu.capturing:
-            npu.capturing.record(torch.Tensor.copy_, (_raw(target), _raw(source)), {}, [_raw(target)])
+        if _capturing():
+            _capturing().record(torch.Tensor.copy_, (_raw(target), _raw(source)), {}, [_raw(target)])
         if isinstance(source, _Tensor) != isinstance(target, _Tensor):
             npu.log.append(("to npu" if isinstance(target, _Tensor) else "to cpu", source.nbytes))
         _raw(target).copy_(_raw(source))
@@ -144,8 +156,8 @@ def install() -> SimulatedNPU:
         to_device = isinstance(tensor, _Tensor) if device is None else torch.device(device).type == "npu"
         if to_device != isinstance(tensor, _Tensor):
             npu.log.append(("to npu" if to_device else "to cpu", made.nbytes))
-        if npu.capturing:
-            npu.capturing.record(torch.Tensor.copy_, (made, _raw(tensor)), {}, [made])
+        if _capturing():
+            _capturing().record(torch.Tensor.copy_, (made, _raw(tensor)), {}, [made])
         return _Tensor(made) if to_device else made
 
     def run(operation, *args, **kwargs):
@@ -153,7 +165,7 @@ def install() -> SimulatedNPU:
         if any(not isinstance(tensor, _Tensor) and tensor.dim() for tensor in tensors):
             raise RuntimeError(f"{operation.name()}: expected all tensors on one device, found npu:0 and cpu")
         for tensor in tensors:
-            if (operation.name().partition(".")[0], tensor.dtype) in REFUSED[npu.chip]:
+            if tensor.dtype in REFUSED[npu.chip]:
                 raise RuntimeError(f"{operation.name()} does not take {tensor.dtype} on a simulated {npu.chip}")
         npu.log.append(operation.name())
         # A number that stands for a tensor arrives here as the number.
@@ -162,14 +174,14 @@ def install() -> SimulatedNPU:
             torch.tensor(arg) if kind == "TensorType" and isinstance(arg, int | float) else arg
             for kind, arg in zip(kinds, args)
         ]
-        if npu.capturing and operation.name() in _DYNAMIC:
+        if _capturing() and operation.name() in _DYNAMIC:
             raise RuntimeError(f"{operation.name()} waits for its result, which a captured graph cannot")
         raw_args, raw_kwargs = tree_map(_raw, args), tree_map(_raw, kwargs)
         out = operation(*raw_args, **raw_kwargs)
         written = {id(tensor.raw): tensor for tensor in tensors if isinstance(tensor, _Tensor)}
         result = written.get(id(out)) if id(out) in written else tree_map(_wrapped, out)
-        if npu.capturing:
-            npu.capturing.record(operation, raw_args, raw_kwargs, [_raw(leaf) for leaf in tree_leaves(result)])
+        if _capturing():
+            _capturing().record(operation, raw_args, raw_kwargs, [_raw(leaf) for leaf in tree_leaves(result)])
         return result
 
     aten.impl("empty.memory_format", empty, "PrivateUse1")

@@ -1,6 +1,7 @@
 """The CANN bridge without an NPU: its ops, what it hands over, generation on PyTorch's CPU and a simulated NPU."""
 
 import contextlib
+import dataclasses
 import gc
 import os
 import subprocess
@@ -15,10 +16,11 @@ import numpy as np
 import pytest
 import simulated_npu
 import torch
+from conftest import TINY, random_params
 
 import cann_bridge
 import jsparse
-from cann_bridge import handover
+from cann_bridge import decoder, handover
 from cann_bridge.devices import weight_dtype
 from cann_bridge.ops import ops
 from jsparse.ffn import FFNSpec, cann
@@ -118,20 +120,75 @@ def test_sampled_tokens_are_those_of_other_executors(fitted, monkeypatch):
         assert jsparse.generate(fitted, [PROMPT, "a = "], executor="cann", **options) == expected
 
 
-@pytest.mark.parametrize("changes", [{"qkv_bias": True}, {"sliding_window": 40}, {"tie_embeddings": False}])
-def test_every_part_of_a_decoder(changes, monkeypatch):
-    """Biases, a window that the tokens leave, an untied head; on the reference's tokens."""
-    import dataclasses
-
-    from conftest import TINY, random_params
-
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qkv_bias": True, "ffn_kind": "drelu"},
+        {"sliding_window": 40, "ffn_kind": "swiglu"},
+        {"tie_embeddings": False, "context_length": 64, "ffn_kind": "fatrelu", "ffn_threshold": 0.1},
+        {"embed_scale": 2.0, "residual_scale": 0.7, "logit_scale": 0.5, "eos_token_ids": (28,)},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+@pytest.mark.parametrize("device", ["cpu", "npu"])
+def test_every_part_of_a_decoder(changes, device, monkeypatch):
+    """Biases, a window that the tokens leave, the context's end, an untied head, scalings, an ending token; greedy and
+    sampled, with the tokens of XLA."""
     params = random_params(dataclasses.replace(TINY, **changes))
     prompts = [np.arange(1, 34) % 128, np.arange(5)]
-    expected = jsparse.generate(params, prompts, max_new_tokens=40, executor="xla")
-    with loop_on("cpu", monkeypatch):
-        found = jsparse.generate(params, prompts, max_new_tokens=40, executor="cann")
-    for one, other in zip(found, expected):
-        np.testing.assert_array_equal(one, other)
+    simulated_npu.install()
+    for options in ({}, {"temperature": 1.0, "seed": 1}):
+        expected = jsparse.generate(params, prompts, max_new_tokens=40, executor="xla", **options)
+        with loop_on(device, monkeypatch):
+            found = jsparse.generate(params, prompts, max_new_tokens=40, executor="cann", **options)
+        for one, other in zip(found, expected):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_sequence_that_ends_before_the_first_step(fitted, monkeypatch):
+    expected = jsparse.generate(fitted, PROMPT, max_new_tokens=40, executor="xla")
+    simulated_npu.install()
+    with loop_on("npu", monkeypatch):
+        found = jsparse.generate(fitted, PROMPT, max_new_tokens=40, executor="cann", stop=expected[:1])
+    assert found == ""
+
+
+def test_a_graph_that_reads_too_few_rows_is_captured_again(fitted, monkeypatch):
+    expected = jsparse.generate(fitted, PROMPT, max_new_tokens=100, executor="xla")
+    monkeypatch.setattr(decoder, "_GRAPH_SHARE", 1.0)
+    npu = simulated_npu.install()
+    with loop_on("npu", monkeypatch):
+        found = jsparse.generate(fitted, PROMPT, max_new_tokens=100, executor="cann")
+    assert npu.log.count("replay") > 60
+    assert found[:60] == expected[:60]
+
+
+def test_another_bias_is_another_predictor(fitted):
+    with cann_bridge.computing_on("cpu"):
+        predictor = fitted.predictors[0]
+        silent = dataclasses.replace(predictor, bias=jnp.full_like(predictor.bias, -jnp.inf))
+        ffn = cann.place_ffn(fitted.weights["layers_0"]["ffn"])
+        x = jax.random.normal(jax.random.key(0), (1, fitted.config.hidden_size))
+        for given, some in ((predictor, True), (silent, False)):
+            _, counts = cann.sparse_ffn(x, ffn, cann.place_predictor(given), FFNSpec("reglu"))
+            assert (counts[0, 0] > 0) == some
+
+
+def test_activations_beyond_float16(npu):
+    """gate * up is 384^2, more than float16 holds, and comes out right."""
+    one = jnp.ones((1, 1), jnp.float16)
+    handle = cann_bridge.place_ffn(384 * one, 384 * one, one / 1024, cann_bridge.device())
+    y = cann_bridge.dense_ffn(jnp.ones((1, 1)), handle, kind="reglu", threshold=0.0)
+    np.testing.assert_allclose(y, 144.0, rtol=1e-3)
+
+
+def test_logits_that_are_not_finite_are_an_error(npu, monkeypatch):
+    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+    params = random_params(TINY)
+    norm = {"scale": jnp.full_like(params.weights["norm"]["scale"], jnp.nan)}
+    broken = dataclasses.replace(params, weights={**params.weights, "norm": norm})
+    with pytest.raises(jsparse.JsparseError, match="executor 'cann': the logits are not finite"):
+        jsparse.generate(broken, np.arange(1, 4), max_new_tokens=8, executor="cann")
 
 
 def test_weights_cross_once_and_every_operation_is_on_the_device(fitted, npu, monkeypatch):
@@ -157,18 +214,28 @@ def test_by_callback_only_inputs_and_outputs_cross(fitted, npu, monkeypatch):
     assert max(npu.crossed("to npu")) == max(npu.crossed("to cpu")) == prefill
 
 
-def test_the_310p_is_not_asked_for_what_it_lacks(npu):
+def test_the_simulated_npu_refuses(npu):
     npu.chip = "310P"
-    x = torch.ones(1, 16).to("npu")
     with pytest.raises(RuntimeError, match=r"index_select does not take torch\.bfloat16 on a simulated 310P"):
         torch.ones(4, 4, dtype=torch.bfloat16).to("npu").index_select(0, torch.tensor([1]).to("npu"))
     with pytest.raises(RuntimeError, match="all tensors on one device"):
-        torch.mm(x, torch.ones(16, 2))
-    gate = jax.random.normal(jax.random.key(0), (32, 16)).astype(jnp.bfloat16)
-    handle = cann_bridge.place_ffn(gate, gate, gate, cann_bridge.device())
-    assert handover.held(handle)[0].dtype == torch.float16
-    y = cann_bridge.dense_ffn(jnp.ones((1, 16)), handle, kind="reglu", threshold=0.0)
-    assert np.isfinite(y).all()
+        torch.mm(torch.ones(1, 16).to("npu"), torch.ones(16, 2))
+
+
+def test_a_device_without_bfloat16_and_graphs(fitted, npu, monkeypatch, caplog):
+    """Weights and caches are in bfloat16, which the 310P never sees; without graphs the steps go on without them."""
+    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+    params = dataclasses.replace(fitted, weights=jax.tree.map(to_bfloat16, fitted.weights))
+    npu.chip = "310P"
+    text = jsparse.generate(params, PROMPT, max_new_tokens=48, executor="cann")
+    assert text.startswith("def read") or len(text) > 40
+    assert "captures no graphs: a simulated 310P captures no graphs" in caplog.text
+    npu.chip = "910B"
+    assert jsparse.generate(params, PROMPT, max_new_tokens=48, executor="cann") == text
+
+
+def to_bfloat16(array):
+    return array.astype(jnp.bfloat16) if array.ndim == 2 else array
 
 
 def test_dtypes_on_a_device():
@@ -192,8 +259,11 @@ def test_a_predictor_with_entries_beyond_float16(npu):
 
 
 def test_weights_beyond_float16_are_refused(npu):
+    low_bit = jnp.full((2, 2), 127, jnp.int8), jnp.full(2, 1e4)
     with pytest.raises(ValueError, match=r"a weight of shape \(1, 2\) has values that torch.float16 cannot hold"):
         handover.resident(jnp.asarray([[1e30, 1.0]], jnp.bfloat16), cann_bridge.device())
+    with pytest.raises(ValueError, match=r"a weight of 2 rows has values that torch.float16 cannot hold"):
+        handover.resident(low_bit, cann_bridge.device())
 
 
 def test_what_jax_owns_is_borrowed_and_never_written():
@@ -213,7 +283,8 @@ def test_tensors_go_when_their_arrays_go():
     with cann_bridge.computing_on("cpu"):
         array = jax.random.normal(jax.random.key(0), (64, 32))
         handle = cann_bridge.place_ffn(array, array, array, cann_bridge.device())
-    assert handover.counts() == (before[0] + 1, before[1] + 1)
+    # The matrix, and which handle stands for it three times.
+    assert handover.counts() == (before[0] + 2, before[1] + 1)
     del handle, array
     gc.collect()
     assert handover.counts() == before
@@ -264,8 +335,9 @@ def resident_memory() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["callback", "whole step"])
-def test_two_threads_at_once(fitted, whole, monkeypatch):
+@pytest.mark.parametrize(("device", "whole"), [("cpu", False), ("cpu", True), ("npu", True)])
+def test_two_threads_at_once(fitted, device, whole, monkeypatch):
+    simulated_npu.install()
     monkeypatch.setattr(cann, "decodes_on_device", lambda: whole)
     prompts = [PROMPT, ">>> 37 + 58 - 12\n"]
     expected = [jsparse.generate(fitted, prompt, max_new_tokens=40, executor="xla") for prompt in prompts]
@@ -275,7 +347,7 @@ def test_two_threads_at_once(fitted, whole, monkeypatch):
         for _ in range(3):
             found[i].append(jsparse.generate(fitted, prompts[i], max_new_tokens=40, executor="cann"))
 
-    with cann_bridge.computing_on("cpu"):
+    with cann_bridge.computing_on(device):
         threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
         for thread in threads:
             thread.start()
@@ -294,6 +366,25 @@ def test_an_exception_in_an_op_reaches_the_caller(monkeypatch):
         with pytest.raises(ValueError, match="kind is 'swiglu'; a sparse FFN is reglu"):
             ops().sparse_reglu_ffn(*operands(), "swiglu")
         np.testing.assert_array_equal(run(x, ffn, predictor, spec=spec)[0], expected)
+
+
+def test_threads_that_use_the_bridge_first():
+    script = """
+import threading, jax.numpy as jnp, cann_bridge
+def work(i):
+    w = jnp.ones((8, 4))
+    with_handle = cann_bridge.place_ffn(w, w, w, cann_bridge.device())
+    results[i] = float(cann_bridge.dense_ffn(jnp.ones((1, 4)), with_handle, kind="reglu", threshold=0.0).sum())
+results = {}
+with cann_bridge.computing_on("cpu"):
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+print(sorted(results.items()))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str([(i, 8 * 4 * 16.0) for i in range(6)]), done.stderr[-2000:]
 
 
 def test_without_torch_npu():

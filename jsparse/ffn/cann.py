@@ -4,8 +4,9 @@ Inside jitted JAX the FFN alone is computed on the device, by callback, on weigh
 the step is the host's executor's. `DeviceLoop` is the fast way: the whole decode loop on the device.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 
 from jsparse.attention import KVCache
 from jsparse.config import ModelConfig
+from jsparse.errors import JsparseError
 from jsparse.ffn import FFNSpec, cpu, reference
 from jsparse.ffn.operands import flat, operand, operands
 from jsparse.layers import rope_frequencies
@@ -63,7 +65,8 @@ def place_ffn(ffn: FFNWeights) -> Placed:
     """An FFN on the device."""
     import cann_bridge
 
-    return Placed(cann_bridge.place_ffn(*operands(ffn), cann_bridge.device()))
+    with _as_user_error():
+        return Placed(cann_bridge.place_ffn(*operands(ffn), cann_bridge.device()))
 
 
 def place_predictor(predictor: Predictor) -> Placed:
@@ -71,7 +74,8 @@ def place_predictor(predictor: Predictor) -> Placed:
     import cann_bridge
 
     factors = operand(predictor.a), operand(predictor.b), predictor.bias
-    return Placed(cann_bridge.place_predictor(*factors, predictor.a.shape[1], cann_bridge.device()))
+    with _as_user_error():
+        return Placed(cann_bridge.place_predictor(*factors, predictor.a.shape[1], cann_bridge.device()))
 
 
 def take_rows(matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:
@@ -147,14 +151,15 @@ class DeviceLoop:
             for i in range(config.num_layers)
         ]
         head = weights["embed"] if config.tie_embeddings else weights["lm_head"]
-        self._decoder = cann_bridge.Decoder(
-            _spec(config, spec),
-            operand(weights["embed"]),
-            layers,
-            weights["norm"]["scale"],
-            operand(head),
-            cann_bridge.device(),
-        )
+        with _as_user_error():
+            self._decoder = cann_bridge.Decoder(
+                _spec(config, spec),
+                operand(weights["embed"]),
+                layers,
+                weights["norm"]["scale"],
+                operand(head),
+                cann_bridge.device(),
+            )
         self._decoder.begin(state.caches, state.token, state.position, state.finished, chunk)
         self._choose, self._keys = choose, state.keys
 
@@ -169,16 +174,31 @@ class DeviceLoop:
 
     def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (B, steps), PAD after a sequence's end, and counts (L, 2), as `generation.decode_chunk`."""
-        if self._choose is None:
-            return self._decoder.greedy(steps)
-        tokens, counts = [], []
-        for _ in range(steps):
-            ended = self.finished
+        with _as_user_error():
+            return self._decoder.greedy(steps) if self._choose is None else self._sampled(steps)
+
+    def _sampled(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        ended = self.finished
+        tokens = np.full((ended.size, steps), PAD, np.int32)
+        counts = []
+        for i in range(steps):
+            if ended.all():
+                break
             logits = self._decoder.logits()
             chosen, self._keys = self._choose(logits, self._keys)
             counts.append(self._decoder.choose(np.asarray(chosen)))
-            tokens.append(np.where(ended, PAD, np.asarray(chosen)))
-        return np.stack(tokens, axis=1).astype(np.int32), np.sum(counts, axis=0)
+            tokens[:, i] = np.where(ended, PAD, np.asarray(chosen))
+            ended = self.finished
+        return tokens, np.sum(counts, axis=0) if counts else np.int64(0)
+
+
+@contextlib.contextmanager
+def _as_user_error() -> Iterator[None]:
+    """What the bridge refuses is the model's or the device's limit, which a user is told in a sentence."""
+    try:
+        yield
+    except ValueError as error:
+        raise JsparseError(f"executor 'cann': {error}") from error
 
 
 def _host() -> ModuleType:
