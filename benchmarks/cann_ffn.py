@@ -5,6 +5,7 @@ Where there is no NPU it runs on PyTorch's CPU and says so; those times say noth
 """
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable
 
@@ -110,6 +111,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds} and must be at least 1")
+    if importlib.util.find_spec("torch") is None:
+        print("error: this needs PyTorch: pip install -e '.[bench]'", file=sys.stderr)
+        raise SystemExit(2)
     reason = cann_bridge.unavailable()
     if args.device == "npu" and reason:
         print(f"error: there is no NPU to measure: {reason}", file=sys.stderr)

@@ -7,6 +7,7 @@ Sums are accumulated in float32, and results are the same for any number of thre
 """
 
 import importlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,11 @@ import numpy as np
 try:
     _native = importlib.import_module("cpu_kernels._native")
 except ModuleNotFoundError:
-    _native, _MISSING = None, "it was not built, which needs a C++ compiler when jsparse is installed"
+    _native = None
+    _MISSING = (
+        f"it is not in {Path(__file__).parent}: it needs a C++ compiler when jsparse is installed, and a clone that "
+        "Python runs from needs pip install -e"
+    )
 except ImportError as error:
     _native, _MISSING = None, str(error)
 

@@ -96,6 +96,8 @@ def _stream(
 
 def describe(statistics: Statistics) -> str:
     """One line: tokens, speed, share of FFN weight rows read."""
+    if not statistics.decoded_tokens:
+        return "[the prompt's own pass chose all tokens: none were decoded]"
     return (
         f"[{statistics.decoded_tokens} tokens decoded, {statistics.tokens_per_second:.1f} tokens/s with compilation, "
         f"{statistics.rows_read:.1%} of the FFN weight rows read]"
