@@ -5,10 +5,11 @@ device by handle; and `Decoder`, the whole decode step and loop there. torch and
 """
 
 from cann_bridge.callbacks import dense_ffn, place_ffn, place_predictor, sparse_ffn
-from cann_bridge.decoder import Decoder, LayerArrays, Spec
+from cann_bridge.decoder import PAD, Decoder, LayerArrays, Spec
 from cann_bridge.devices import computing_on, device, unavailable
 
 __all__ = [
+    "PAD",
     "Decoder",
     "LayerArrays",
     "Spec",

@@ -7,21 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from cann_bridge.devices import import_torch
-from cann_bridge.handover import Matrix, held, hold, resident, resident_predictor
+from cann_bridge.handover import Matrix, arrays_of, held, hold, resident, resident_predictor
 from cann_bridge.ops import ops
 
 
 def place_ffn(gate: Matrix, up: Matrix, down_t: Matrix, where) -> jax.Array:
     """A handle of the matrices (F, D) on the device."""
     matrices = (gate, up, down_t)
-    arrays = tuple(array for matrix in matrices for array in (matrix if isinstance(matrix, tuple) else (matrix,)))
+    arrays = sum(map(arrays_of, matrices), ())
     return hold(arrays, where, tuple(resident(matrix, where) for matrix in matrices))
 
 
 def place_predictor(a: Matrix, b: Matrix, bias: jax.Array, width: int, where) -> jax.Array:
     """A handle of the predictor of inputs (B, width) on the device."""
-    arrays = tuple(array for matrix in (a, b, bias) for array in (matrix if isinstance(matrix, tuple) else (matrix,)))
-    return hold(arrays, where, resident_predictor(a, b, bias, width, where))
+    return hold((*arrays_of(a), *arrays_of(b), bias), where, resident_predictor(a, b, bias, width, where))
 
 
 def dense_ffn(x: jax.Array, ffn: jax.Array, *, kind: str, threshold: float) -> jax.Array:

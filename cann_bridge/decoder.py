@@ -89,6 +89,7 @@ class Decoder:
         self._eos = self._torch.tensor(spec.eos_ids, dtype=self._torch.int64).to(where)
         self._rows: list[int] | None = None
         self._graph, self._stepped = None, False
+        self._graphs = getattr(getattr(self._torch, where.type, None), "NPUGraph", None)
 
     def _vector(self, array: jax.Array):
         return resident(array, self._where, self._torch.float32)
@@ -209,9 +210,10 @@ class Decoder:
 
         Without graphs on this device, steps go on one operation at a time.
         """
-        graphs = getattr(getattr(self._torch, self._where.type, None), "NPUGraph", None)
+        if self._graphs is None or not self._stepped:
+            return
         most = self._most.cpu().numpy()
-        if graphs is None or not self._stepped or (self._rows and (most <= self._rows).all()):
+        if self._rows and (most <= self._rows).all():
             return
         numbers = [self._token, self._position, self._finished, self._tokens, self._counts, self._most, self._index]
         saved = [tensor.clone() for tensor in numbers]
@@ -224,7 +226,7 @@ class Decoder:
         neurons = self._layers[0]["ffn"][0].shape[0]
         self._rows = [max(1, min(int(count * _GRAPH_SHARE), neurons)) for count in most]
         self._graph = None
-        graph = graphs()
+        graph = self._graphs()
         try:
             with _capturing:
                 rewind()
@@ -235,7 +237,7 @@ class Decoder:
             self._graph = graph
         except RuntimeError as error:
             logging.getLogger("jsparse").warning("this device captures no graphs: %s", error)
-            self._rows, self._stepped = None, False
+            self._rows = self._graphs = None  # nor at another chunk
         rewind()
 
     def _step(self) -> tuple[Any, Any]:

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import importlib.util
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from types import ModuleType
@@ -17,8 +16,8 @@ _lock = threading.Lock()
 
 def import_torch() -> ModuleType:
     """PyTorch without the backends that load themselves: a torch_npu without CANN would make the import fail."""
-    if "torch" in sys.modules and _imported:
-        return sys.modules["torch"]
+    if _imported:
+        return _imported[0]
     name = "TORCH_DEVICE_BACKEND_AUTOLOAD"
     with _lock:
         before = os.environ.get(name)
@@ -27,7 +26,7 @@ def import_torch() -> ModuleType:
             _imported.append(importlib.import_module("torch"))
         finally:
             os.environ.pop(name) if before is None else os.environ.update({name: before})
-    return _imported[-1]
+    return _imported[0]
 
 
 def unavailable() -> str | None:

@@ -36,8 +36,8 @@ def resident(matrix: Matrix, where, dtype=None):
     Raises:
       ValueError: it holds values that the dtype cannot.
     """
-    dtype = dtype or weight_dtype(str(_arrays(matrix)[0].dtype), where)
-    return _once(_arrays(matrix), ("matrix", str(where), dtype), lambda: _moved(matrix, where, dtype))
+    dtype = dtype or weight_dtype(str(arrays_of(matrix)[0].dtype), where)
+    return _once(arrays_of(matrix), ("matrix", str(where), dtype), lambda: _moved(matrix, where, dtype))
 
 
 def resident_predictor(a: Matrix, b: Matrix, bias: jax.Array, width: int, where) -> tuple:
@@ -60,7 +60,7 @@ def resident_predictor(a: Matrix, b: Matrix, bias: jax.Array, width: int, where)
             _check_finite(tensor, f"the predictor's {name}", dtype)
         return first, second, borrow(bias).to(where)
 
-    return _once((*_arrays(a), *_arrays(b), bias), ("predictor", str(where), dtype), make)
+    return _once((*arrays_of(a), *arrays_of(b), bias), ("predictor", str(where), dtype), make)
 
 
 def hold(arrays: tuple[jax.Array, ...], where, tensors: Any) -> jax.Array:
@@ -115,7 +115,8 @@ def _once(arrays: tuple[jax.Array, ...], key: tuple, make) -> Any:
         return _resident[key]
 
 
-def _arrays(matrix: Matrix) -> tuple[jax.Array, ...]:
+def arrays_of(matrix: Matrix) -> tuple[jax.Array, ...]:
+    """Values, and the scales where there are some."""
     return matrix if isinstance(matrix, tuple) else (matrix,)
 
 

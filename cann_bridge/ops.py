@@ -15,9 +15,9 @@ _SCHEMAS = (
     "sparse_reglu_ffn(Tensor x, Tensor gate, Tensor up, Tensor down_t, Tensor a, Tensor b, Tensor bias, str kind, "
     "float threshold=0.0, bool parallel=False, int rows=0) -> (Tensor, Tensor)",
 )
-
-
 _lock = threading.Lock()
+_defined: list = []
+"""The library, once its ops are."""
 
 
 def ops():
@@ -31,13 +31,11 @@ def ops():
     and of those predicted beyond them none.
     """
     torch = import_torch()
-    with _lock:
-        if not _defined:
-            _define(torch)
+    if not _defined:
+        with _lock:
+            if not _defined:
+                _define(torch)
     return torch.ops.jsparse
-
-
-_defined: list = []
 
 
 def _define(torch) -> None:

@@ -23,24 +23,28 @@ def run_command(command: Callable[[], None]) -> None:
     """Run a command. A user's mistake is one sentence on stderr and exit code 2; Ctrl-C is exit code 130."""
     _keep_compiled_programs()
     try:
-        _check_platform()
         command()
     except JsparseError as error:
         sys.exit(_fail(str(error), 2))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(_fail(f"{where}{error.strerror or error}", 2))
+    except (RuntimeError, AssertionError):
+        if reason := _missing_device():
+            sys.exit(_fail(reason, 2))
+        raise
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 130))
 
 
-def _check_platform() -> None:
-    """Raises: JsparseError: JAX has no device, which it would say in a traceback at the first computation."""
+def _missing_device() -> str | None:
+    """What JAX says in a traceback at the first computation, where it has no device at all."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         reason = str(error) or "is the plugin for it installed?"
-        raise JsparseError(f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms}: {reason}") from None
+        return f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms}: {reason}"
+    return None
 
 
 def _keep_compiled_programs() -> None:

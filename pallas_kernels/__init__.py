@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import kernels, products
 from pallas_kernels.attention import attend
-from pallas_kernels.kernels import Matrix
+from pallas_kernels.kernels import Matrix, values_of
 from pallas_kernels.tiles import Tiles, choose
 
 __all__ = ["Matrix", "Tiles", "attend", "dense_ffn", "linear", "sparse_ffn", "unavailable"]
@@ -90,7 +90,7 @@ def sparse_ffn(
     _check(x, gate, up, down_t, a, b, bias, kind)
     phi, psi = _activations(kind, threshold)
     if tiles is None:
-        tiles = choose(*_values(gate).shape, str(_values(gate).dtype))
+        tiles = choose(*values_of(gate).shape, str(values_of(gate).dtype))
     x = x.astype(jnp.float32)
     survivors, hidden, counts = kernels.predict_gate_up(
         x, linear(x, a), b, bias, gate, up, phi=phi, psi=psi, parallel=parallel, tiles=tiles
@@ -120,11 +120,11 @@ def _check(x, gate, up, down_t, a, b, bias, kind: str) -> None:
     problems = []
     if kind not in _SPARSE:
         problems.append(f"kind is {kind!r}; a sparse FFN is {', '.join(_SPARSE)}")
-    width, (num_neurons,), rank = x.shape[1], bias.shape, _values(a).shape[0]
+    width, (num_neurons,), rank = x.shape[1], bias.shape, values_of(a).shape[0]
     wanted = {"gate": (num_neurons, width), "up": (num_neurons, width), "down_t": (num_neurons, width)}
     wanted |= {"a": (rank, width), "b": (num_neurons, rank)}
     for (name, (rows, columns)), matrix in zip(wanted.items(), (gate, up, down_t, a, b)):
-        values, dtype = _values(matrix), _values(matrix).dtype
+        values, dtype = values_of(matrix), values_of(matrix).dtype
         stored = (rows, -(-columns // 2) if dtype == jnp.uint8 else columns)
         if values.shape != stored:
             problems.append(f"{name} has shape {values.shape}, which is not that of ({rows}, {columns})")
@@ -138,7 +138,3 @@ def _check(x, gate, up, down_t, a, b, bias, kind: str) -> None:
             problems.append(f"{name} has {values.size} elements; the kernels count to 2^31")
     if problems:
         raise ValueError("; ".join(problems))
-
-
-def _values(matrix: Matrix) -> jax.Array:
-    return matrix[0] if isinstance(matrix, tuple) else matrix

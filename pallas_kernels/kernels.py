@@ -61,7 +61,7 @@ def predict_gate_up(
     batch, num_neurons = x.shape[0], bias.shape[0]
     size, blocks = tiles.neurons, -(-num_neurons // tiles.neurons)
     packed = isinstance(b, tuple) and b[0].dtype == jnp.uint8
-    rank, stored_columns = features.shape[1], _values(b).shape[1]
+    rank, stored_columns = features.shape[1], values_of(b).shape[1]
     columns = min(tiles.columns, _power_of_two(x.shape[1]))
 
     def body(*refs):
@@ -149,7 +149,7 @@ def down(
       totals (B, 2) int32 of the counts, which would take XLA a kernel of its own.
     """
     batch, blocks, _ = survivors.shape
-    width = _values(down_t).shape[1]
+    width = values_of(down_t).shape[1]
     columns = min(tiles.down_columns, _power_of_two(width))
     if (divisor := width & -width) >= _FEWEST_COLUMNS:
         columns = min(columns, divisor)
@@ -199,7 +199,8 @@ def down(
     return partial[:, :, :width], totals
 
 
-def _values(matrix: Matrix) -> jax.Array:
+def values_of(matrix: Matrix) -> jax.Array:
+    """Without the scales."""
     return _arrays(matrix)[0]
 
 

@@ -178,6 +178,23 @@ def test_a_decode_step_takes_few_kernels(compiled):
     }
 
 
+def test_attention_lowers_for_cuda_with_no_cuda_wheels():
+    script = (
+        "import cuda_aot, jax, jax.numpy as jnp\n"
+        "from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh\n"
+        "struct = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))\n"
+        "device = AbstractDevice('NVIDIA H100', None, 'cuda')\n"
+        "with use_abstract_mesh(AbstractMesh((1,), ('x',), abstract_device=device)):\n"
+        "    operands = cuda_aot.attention_operands(4, 28, 4, 96, struct)\n"
+        "    traced = jax.jit(cuda_aot.attention(500)).trace(*operands)\n"
+        "    print(traced.lower(lowering_platforms=('cuda',)).as_text())\n"
+    )
+    text = run(["-c", script, "unused"])
+    assert text.count("__gpu$xla.gpu.triton") + text.count("triton_kernel_call") == 2
+    assert "attend" in text
+    assert "combine" in text
+
+
 def test_the_hand_written_cuda_compiles(tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:

@@ -24,9 +24,6 @@ from jsparse.params import FFNWeights, Predictor
 from jsparse.quantization import Matrix
 from jsparse.typing import Array, Float, Int
 
-PAD = -1
-"""As in `jsparse.generation`."""
-
 
 def unavailable() -> str | None:
     """Why this executor cannot run here, or None."""
@@ -178,6 +175,8 @@ class DeviceLoop:
             return self._decoder.greedy(steps) if self._choose is None else self._sampled(steps)
 
     def _sampled(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        from cann_bridge import PAD
+
         ended = self.finished
         tokens = np.full((ended.size, steps), PAD, np.int32)
         counts = []
