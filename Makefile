@@ -5,8 +5,9 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # PyTorch is needed by the tests alone. The plain build of the index brings gigabytes of CUDA; this version's is small
 # where a CPU build of it is configured.
 TORCH := torch==2.13.0
-# One process each, for 24 GB of memory.
-FULL_DEPTH := Llama-2-7B Mistral-7B Qwen2-7B MiniCPM-1B
+# What fits side by side into 24 GB of memory: 8 layers, one precision at a time; most layers beside one other engine;
+# all layers alone.
+SHAPES := Llama-2-7B Mistral-7B Qwen2-7B MiniCPM-1B
 
 .PHONY: demo test sanitize test-cuda-aot lint bench clean
 
@@ -36,8 +37,12 @@ bench: .venv/bench
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.ffn
-	$(BIN)/python -m benchmarks.decode
-	for shape in $(FULL_DEPTH); do $(BIN)/python -m benchmarks.decode --layers 0 --others --dtype bfloat16 --shape $$shape || exit; done
+	set -e; for shape in $(SHAPES); do decode="$(BIN)/python -m benchmarks.decode --shape $$shape"; \
+		$$decode --dtype bfloat16 --others llama.cpp-bf16 transformers-bf16; \
+		$$decode --dtype int8 --others llama.cpp-bf16 llama.cpp-q8_0; \
+		$$decode --dtype int8 --others llama.cpp-bf16 --layers 20; \
+		$$decode --dtype bfloat16 --others --layers 0; \
+	done
 
 clean:
 	rm -rf .venv .venv-cuda-* build *.egg-info cpu_kernels/*.so

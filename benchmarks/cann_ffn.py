@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 import cann_bridge
-from benchmarks.report import interleave, print_json, print_rows, row, seconds
+from benchmarks.report import BandwidthProbe, Engine, compare, positive, print_json, seconds
 from benchmarks.shapes import SHAPES
 from cann_bridge.devices import import_torch, predictor_dtype
 from cann_bridge.ops import ops, over_predicted, product
@@ -77,15 +77,22 @@ class Bench:
 
         return lambda: self._seconds(with_predictor if predictor else without)
 
-    def gbps(self) -> float:
-        """At which the device reads a gigabyte."""
+    def probe(self) -> BandwidthProbe:
         data = self._torch.ones(1 << 28, dtype=self._torch.float32).to(self._device)
+        return BandwidthProbe(lambda: self._seconds(lambda _: data.sum()), data.nbytes)
 
-        def read(_):
-            return data.sum()
-
-        self._seconds(read)
-        return data.nbytes / min(self._seconds(read) for _ in range(5)) / 1e9
+    def engines(self) -> list[Engine]:
+        engines = [Engine("bridge", "dense", self.dtype, self.dense, self.weight_bytes)]
+        if fused := self.npu_ffn():
+            engines.append(Engine("torch_npu.npu_ffn", "dense", self.dtype, fused, self.weight_bytes))
+        for sparsity in SPARSITIES:
+            share = 1 - sparsity
+            read = self.weight_bytes * share
+            run = self.sparse(sparsity, predictor=True)
+            engines.append(Engine("bridge", "sparse", self.dtype, run, read + self.predictor_bytes, share, share))
+            run = self.sparse(sparsity, predictor=False)
+            engines.append(Engine("bridge, scores given", "sparse", self.dtype, run, read, share, share))
+        return engines
 
     def _seconds(self, step: Callable) -> float:
         """Of a layer."""
@@ -107,10 +114,8 @@ def main() -> None:
     shapes = [name for name in SHAPES if name.endswith("7B")]
     parser.add_argument("--shape", choices=SHAPES, nargs="+", default=shapes)
     parser.add_argument("--device", choices=("npu", "cpu"), help="an NPU where there is one, else PyTorch's CPU")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=positive, default=9)
     args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error(f"--rounds is {args.rounds} and must be at least 1")
     if importlib.util.find_spec("torch") is None:
         print("error: this needs PyTorch: pip install -e '.[bench]'", file=sys.stderr)
         raise SystemExit(2)
@@ -125,25 +130,8 @@ def main() -> None:
     for shape in args.shape:
         config = SHAPES[shape]
         bench = Bench(device, config.intermediate_size, config.hidden_size, config.hidden_size // 4)
-        engines = {("bridge", "dense", 0.0): bench.dense}
-        if fused := bench.npu_ffn():
-            engines["torch_npu.npu_ffn", "dense", 0.0] = fused
-        for sparsity in SPARSITIES:
-            engines["bridge", "sparse", sparsity] = bench.sparse(sparsity, predictor=True)
-            engines["bridge, scores given", "sparse", sparsity] = bench.sparse(sparsity, predictor=False)
-        limit = bench.gbps()
-        timings = interleave(engines, args.rounds)
-        rows = []
-        for (engine, mode, sparsity), taken in timings.items():
-            read = bench.weight_bytes * (1 - sparsity)
-            if mode == "sparse" and engine == "bridge":
-                read += bench.predictor_bytes
-            share = {"predicted": 1 - sparsity, "active": 1 - sparsity}
-            rows.append(
-                row(engine, shape, mode, bench.dtype, timings=taken, bytes_read=read, limit_gbps=limit, **share)
-            )
-        print_rows(f"{shape}: one FFN layer on {device}, one token; memory reads at {limit:.0f} GB/s", rows)
-        results += rows
+        title = f"one FFN layer on {device}, one token"
+        results += compare(title, shape, bench.engines(), args.rounds, bench.probe())[0]
         print_json(results)
 
 

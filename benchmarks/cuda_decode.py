@@ -12,32 +12,32 @@ from benchmarks import gpu, other_engines, plain_xla, random_models
 from benchmarks.decode import (
     CONTEXT,
     TOKENS,
-    Engine,
-    JsparseEngine,
+    JsparseDecoder,
     cache_bytes,
     compare,
     elements,
+    jsparse_engines,
+    progress,
     random_caches,
     weights_of,
 )
-from benchmarks.report import print_json
+from benchmarks.report import Engine, print_json
 from jsparse.ffn import cuda
 
 
 def measure(shape: str, config, dtypes: list[str], others: list[str], rounds: int, probe) -> list[dict]:
     points = random_models.operating_points(shape, config)
     layer = random_models.random_layer(config, points[0].rank)
-    caches, engines = [random_caches(config)], {}
+    caches, engines = [random_caches(config)], []
     for dtype in dtypes:
+        progress(shape, f"jsparse in {dtype}")
         weights = weights_of(config, layer, dtype)
         if dtype != "int8":
-            made = JsparseEngine(config, weights, caches, layer, None, plain_xla)
-            engines["plain JAX", "dense", dtype] = made.engine()
-        for point in (None, *points):
-            name = "jsparse" if point is None else f"jsparse, {point.name}"
-            made = JsparseEngine(config, weights, caches, layer, point, cuda)
-            engines[name, "sparse" if point else "dense", dtype] = made.engine()
+            plain = JsparseDecoder(config, weights, caches, layer, None, plain_xla)
+            engines.append(plain.engine("plain JAX", dtype))
+        engines += jsparse_engines(config, weights, caches, layer, points, cuda, dtype)
     for other in others:
+        progress(shape, f"transformers, {other}")
         try:
             engine = other_engines.Transformers(
                 config, CONTEXT, TOKENS, device="cuda", dtype="float16", compiled=other == "compiled"
@@ -46,9 +46,8 @@ def measure(shape: str, config, dtypes: list[str], others: list[str], rounds: in
         except Exception as error:  # the other engines' figures are worth having without it
             print(f"transformers, {other}, is left out: {type(error).__name__}: {error}")
             continue
-        engines[f"transformers, {other}", "dense", "float16"] = Engine(
-            engine.run, 2 * elements(config) + cache_bytes(caches[0])
-        )
+        read = 2 * elements(config) + cache_bytes(caches[0])
+        engines.append(Engine(f"transformers, {other}", "dense", "float16", engine.run, read))
     return compare(shape, config, engines, rounds, probe)
 
 

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import gpu, plain_xla, random_models
-from benchmarks.report import interleave, print_json, print_rows, row, seconds
-from jsparse.ffn import FFNSpec, cuda, reference
-from jsparse.params import FFNWeights, Predictor
+from benchmarks.report import Engine, compare, print_json
+from benchmarks.rotation import nbytes, one_after_another, predictor_for, rotated
+from jsparse.ffn import FFNSpec, cuda
+from jsparse.params import FFNWeights
 
 ROTATED_BYTES = 1.5e9
 """Weights that are rotated: many times what an L2 cache holds."""
@@ -27,70 +28,29 @@ REPEATS = 100
 SPEC = FFNSpec("fatrelu", random_models.threshold())
 
 
-@dataclasses.dataclass
-class Engine:
-    """`run` returns the seconds of a layer; `read` is the bytes it takes."""
-
-    run: Callable[[], float]
-    read: float
-    predicted: float = 1.0
-    active: float = 1.0
-
-
-def nbytes(tree) -> float:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def rotated(layer: tuple) -> list[tuple]:
-    """Copies of a layer's arrays in memory of their own."""
-    count = int(np.clip(ROTATED_BYTES / nbytes(layer), 2, 64))
-    return [jax.tree.map(jnp.copy, layer) for _ in range(count)]
-
-
-def jax_seconds(step: Callable, x: jax.Array, layers: list[tuple], repeats: int) -> Callable[[], float]:
-    """Seconds of a layer in a program that runs all of them, each after the one before, so many times."""
-
-    @jax.jit
-    def program(x, layers):
-        def once(_, x):
-            for layer in layers:
-                x = x + 0 * step(x, *layer)
-            return x
-
-        return jax.lax.fori_loop(0, repeats, once, x)
-
-    return lambda: seconds(lambda: program(x, layers)) / repeats / len(layers)
-
-
-def predictor_of(layer: random_models.Layer, x: jax.Array, point: random_models.OperatingPoint, dtype) -> Predictor:
-    """The predictor with the bias that predicts just that share of the neurons of x."""
-    predictor = jax.tree.map(lambda m: m.astype(dtype) if m.dtype == jnp.bfloat16 else m, layer.predictor(point))
-    scores = reference.linear(reference.linear(x, predictor.a), predictor.b)[0]
-    bias = jnp.full_like(predictor.bias, -jnp.quantile(scores, 1 - point.predicted))
-    return dataclasses.replace(predictor, bias=bias)
-
-
-def engines_of(layer: random_models.Layer, x: jax.Array, points: tuple, dtype: str, repeats: int) -> dict:
-    """By (engine, mode, dtype)."""
+def engines_of(layer: random_models.Layer, x: jax.Array, points: tuple, dtype: str, repeats: int) -> list[Engine]:
+    """Plain JAX, ours at every operating point beside CUDA C by hand, and PyTorch."""
     ffn = FFNWeights(*(random_models.store(m, dtype) for m in (layer.ffn.gate, layer.ffn.up, layer.ffn.down_t)))
-    dense = partial(plain_xla.dense_ffn, spec=SPEC)
-    engines = {("XLA", "dense", dtype): Engine(jax_seconds(dense, x, rotated((ffn,)), repeats), nbytes(ffn))}
+    alone = rotated((ffn,), ROTATED_BYTES)
+    dense = one_after_another(partial(plain_xla.dense_ffn, spec=SPEC), x, alone, repeats)
+    engines = [Engine("XLA", "dense", dtype, dense, nbytes(ffn))]
 
     def sparse(x, ffn, predictor):
         return cuda.sparse_ffn(x, ffn, predictor, SPEC)[0]
 
     for point in points:
-        predictor = predictor_of(layer, x, point, jnp.float16 if dtype == "float16" else jnp.bfloat16)
+        predictor = predictor_for(layer, x, point, jnp.float16 if dtype == "float16" else jnp.bfloat16)
         y, counts = jax.jit(partial(cuda.sparse_ffn, spec=SPEC))(x, ffn, predictor)
         predicted, active = (np.asarray(counts[0]) / ffn.gate.shape[0]).tolist()
         read = nbytes(ffn) * (predicted + 2 * active) / 3 + nbytes(predictor)
-        layers = rotated((ffn, predictor))
-        made = Engine(jax_seconds(sparse, x, layers, repeats), read, predicted, active)
-        engines[f"Pallas, {point.name}", "sparse", dtype] = made
+        layers = rotated((ffn, predictor), ROTATED_BYTES)
+        run = one_after_another(sparse, x, layers, repeats)
+        made = Engine(f"Pallas, {point.name}", "sparse", dtype, run, read, predicted, active)
+        engines.append(made)
         if dtype == "float16" and (run := cuda_c_seconds(x, layers, repeats, y)):
-            engines[f"CUDA C, {point.name}", "sparse", dtype] = dataclasses.replace(made, run=run)
-    if dtype != "int8" and (run := torch_seconds(x, rotated((ffn,)), repeats)):
-        engines["torch", "dense", dtype] = Engine(run, nbytes(ffn))
+            engines.append(dataclasses.replace(made, name=f"CUDA C, {point.name}", run=run))
+    if dtype != "int8" and (run := torch_seconds(x, alone, repeats)):
+        engines.append(Engine("torch", "dense", dtype, run, nbytes(ffn)))
     return engines
 
 
@@ -168,23 +128,7 @@ def main() -> None:
         x = jax.random.normal(jax.random.key(0), (1, config.hidden_size))
         for dtype in args.dtype:
             engines = engines_of(layer, x, points, dtype, 1 if args.interpret else REPEATS)
-            timings = interleave({key: engine.run for key, engine in engines.items()}, args.rounds, probe)
-            rows = [
-                row(
-                    engine,
-                    shape,
-                    mode,
-                    dtype,
-                    timings=timings[engine, mode, dtype],
-                    bytes_read=made.read,
-                    limit_gbps=probe.gbps,
-                    predicted=made.predicted,
-                    active=made.active,
-                )
-                for (engine, mode, dtype), made in engines.items()
-            ]
-            print_rows(f"{shape}: one FFN layer, one token; memory reads at {probe.gbps:.0f} GB/s", rows)
-            results += rows
+            results += compare("one FFN layer, one token", shape, engines, args.rounds, probe)[0]
             print_json(results)
 
 

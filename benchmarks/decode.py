@@ -2,15 +2,16 @@
 
 Random weights with the published sparsity, one sequence, context 1,100, at two operating points: the published one
 (16-bit predictor) and ours (4 bits at a quarter of the width). jsparse dense and sparse in bfloat16 and int8, llama.cpp
-in bf16 and q8_0 on the same shapes, and transformers in PyTorch bfloat16 take turns. A part of the layers lets all of
-them fit in memory together; `--layers 0 --others` runs jsparse alone at full depth.
+in bf16 and q8_0 on the same shapes, and transformers in PyTorch bfloat16 take turns. A part of the layers lets several
+of them fit in memory together; `--layers 0 --others` runs jsparse alone at full depth.
 """
 
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Callable
-from functools import partial
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 import jsparse
-from benchmarks import random_models
+from benchmarks import random_models, report
 from benchmarks.random_models import OperatingPoint
-from benchmarks.report import BandwidthProbe, interleave, print_json, print_rows, row, seconds
+from benchmarks.report import Engine, cpu_probe, positive, print_json, seconds
+from benchmarks.rotation import nbytes
 from benchmarks.shapes import SHAPES
 from jsparse.decoder import weight_shapes
 from jsparse.ffn import FFNSpec
@@ -34,22 +36,11 @@ from jsparse.quantization import Matrix
 CONTEXT = 1100
 TOKENS = 8
 """Tokens a turn decodes."""
+RESERVED_GB = 4.0
+"""Beside the weights: predictors, the KV caches, weights on their way, the bandwidth probe."""
 OTHERS = ("llama.cpp-bf16", "llama.cpp-q8_0", "transformers-bf16")
-BYTES = {"bf16": 2.0, "q8_0": 34 / 32}
+BYTES = {"bfloat16": 2.0, "int8": 1.0, "bf16": 2.0, "q8_0": 34 / 32}
 """Per element."""
-
-
-@dataclasses.dataclass
-class Engine:
-    """Something that decodes: `run` decodes TOKENS tokens at the context and returns the seconds.
-
-    `read` is the bytes of weights and KV cache that a token takes.
-    """
-
-    run: Callable[[], float]
-    read: float
-    predicted: float = 1.0
-    active: float = 1.0
 
 
 def weights_of(config: jsparse.ModelConfig, layer: random_models.Layer, dtype: str) -> dict[str, Any]:
@@ -71,8 +62,8 @@ def weights_of(config: jsparse.ModelConfig, layer: random_models.Layer, dtype: s
     return jax.tree_util.tree_map_with_path(leaf, weight_shapes(config))
 
 
-class JsparseEngine:
-    """The decode loop of `jsparse.generate` on a prepared cache."""
+class JsparseDecoder:
+    """The decode loop of `jsparse.generate` on a prepared cache, which is one that all of them take turns with."""
 
     def __init__(self, config, weights, caches: list, layer, point: OperatingPoint | None, executor: ModuleType):
         self._model = Model(config, executor, FFNSpec.of(config))
@@ -106,43 +97,48 @@ class JsparseEngine:
         taken = seconds(step)
         self._caches.append(result[0].caches)
         self._counts = np.asarray(result[2]).sum(axis=0) / TOKENS
-        return taken
+        return taken / TOKENS
 
-    def engine(self) -> Engine:
+    def engine(self, name: str, dtype: str) -> Engine:
         """After a first run, which counts the neurons."""
         self.run()
         config = self._model.config
-        total = partial(sum_bytes, self._weights)
-        ffn = sum(sum_bytes(self._weights[f"layers_{i}"]["ffn"]) for i in range(config.num_layers))
-        other = total() - ffn - (0 if config.tie_embeddings else sum_bytes(self._weights["embed"]))
-        cache = cache_bytes(self._caches[0])
+        ffn = sum(nbytes(self._weights[f"layers_{i}"]["ffn"]) for i in range(config.num_layers))
+        other = nbytes(self._weights) - ffn - (0 if config.tie_embeddings else nbytes(self._weights["embed"]))
+        other += cache_bytes(self._caches[0])
         if self._predictors is None:
-            return Engine(self.run, other + cache + ffn)
-        predicted, active = self._counts / config.num_layers / config.intermediate_size
-        read = other + cache + ffn * (predicted + 2 * active) / 3 + sum_bytes(self._predictors)
-        return Engine(self.run, read, float(predicted), float(active))
+            return Engine(name, "dense", dtype, self.run, other + ffn)
+        predicted, active = (self._counts / config.num_layers / config.intermediate_size).tolist()
+        read = other + ffn * (predicted + 2 * active) / 3 + nbytes(self._predictors)
+        return Engine(name, "sparse", dtype, self.run, read, predicted, active)
 
 
-def sum_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+def jsparse_engines(config, weights, caches: list, layer, points, executor: ModuleType, dtype: str) -> list[Engine]:
+    """Dense, and sparse at each operating point, on the same weights."""
+    return [
+        JsparseDecoder(config, weights, caches, layer, point, executor).engine(
+            "jsparse" if point is None else f"jsparse, {point.name}", dtype
+        )
+        for point in (None, *points)
+    ]
 
 
 def cache_bytes(caches: tuple) -> float:
     """Of the slots that a token at the context reads."""
-    return sum_bytes(caches) / caches[0][0].shape[1] * CONTEXT
+    return nbytes(caches) / caches[0][0].shape[1] * CONTEXT
 
 
-def elements(config: jsparse.ModelConfig) -> int:
+def elements(config: jsparse.ModelConfig, unread: Sequence[str] = ("embed",)) -> int:
     """Of all matrices that a dense decode step multiplies with."""
     shapes = weight_shapes(config)
-    unread = () if config.tie_embeddings else ("embed",)
+    unread = () if config.tie_embeddings else unread
     return sum(s.size for name in shapes if name not in unread for s in jax.tree.leaves(shapes[name]) if s.ndim == 2)
 
 
 def random_caches(config: jsparse.ModelConfig) -> tuple:
     """A KV cache filled past the context, in bfloat16."""
     shape = (1, bucket(CONTEXT + TOKENS), config.num_kv_heads, config.head_dim)
-    side = np.random.default_rng(2).standard_normal(shape, np.float32).astype(jnp.bfloat16)
+    side = jnp.asarray(np.random.default_rng(2).standard_normal(shape, np.float32), jnp.bfloat16)
     return tuple((random_models.copy(side), random_models.copy(side)) for _ in range(config.num_layers))
 
 
@@ -152,80 +148,95 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="layers of each model; 0 for all of them")
     parser.add_argument("--dtype", choices=("bfloat16", "int8"), nargs="+", default=["bfloat16", "int8"])
     parser.add_argument("--others", choices=OTHERS, nargs="*", default=OTHERS, help="engines beside jsparse; or none")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=positive, default=15)
     args = parser.parse_args()
-    probe, results = BandwidthProbe(), []
-    for shape in args.shape:
-        full = SHAPES[shape]
-        config = dataclasses.replace(
-            full,
-            num_layers=min(args.layers or full.num_layers, full.num_layers),
+    configs = {
+        name: dataclasses.replace(
+            SHAPES[name],
+            num_layers=min(args.layers or SHAPES[name].num_layers, SHAPES[name].num_layers),
             ffn_kind="fatrelu",
             ffn_threshold=random_models.threshold(),
         )
-        results += measure(shape, config, args.dtype, args.others, args.rounds, probe)
+        for name in args.shape
+    }
+    for name, config in configs.items():
+        if reason := too_large(config, [*args.dtype, *(other.split("-")[1] for other in args.others)]):
+            print(f"error: {name}, {reason}", file=sys.stderr)
+            raise SystemExit(2)
+    probe, results = cpu_probe(), []
+    for name, config in configs.items():
+        results += measure(name, config, args.dtype, args.others, args.rounds, probe)
     print_json(results)
+
+
+def too_large(config: jsparse.ModelConfig, dtypes: Sequence[str]) -> str | None:
+    """Why models of these dtypes do not fit in memory together; None if they do, or where that cannot be known.
+
+    Out of memory nothing fails: llama.cpp's weights lie in a mapped file, which is then read from the disk, token by
+    token, and its figures are wrong.
+    """
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    available = next(int(line.split()[1]) for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
+    needed = elements(config, unread=()) * sum(BYTES[dtype] for dtype in dtypes) / 1e9 + RESERVED_GB
+    if needed * 1e6 <= available:
+        return None
+    return (
+        f"{config.num_layers} layers: {', '.join(dtypes)} take about {needed:.0f} GB together and "
+        f"{available / 1e6:.0f} are available; measure fewer at once with --dtype, --others or --layers"
+    )
 
 
 def measure(shape, config, dtypes, others, rounds, probe) -> list[dict]:
     """The rows of one shape."""
     points = random_models.operating_points(shape, config)
     layer = random_models.random_layer(config, points[0].rank)
-    caches = [random_caches(config)]  # one, which the engines take turns with
-    engines: dict[tuple[str, str, str], Engine] = {}
+    caches = [random_caches(config)]
+    engines = []
     for dtype in dtypes:
+        progress(shape, f"jsparse in {dtype}")
         weights = weights_of(config, layer, dtype)
-        for point in (None, *points):
-            name = "jsparse" if point is None else f"jsparse, {point.name}"
-            made = JsparseEngine(config, weights, caches, layer, point, select_executor("cpu"))
-            engines[name, "sparse" if point else "dense", dtype] = made.engine()
+        engines += jsparse_engines(config, weights, caches, layer, points, select_executor("cpu"), dtype)
     if others:
         from benchmarks import other_engines
 
         for other in others:
+            progress(shape, other)
             name, dtype = other.split("-")
             run = other_engines.make(name, dtype, config, CONTEXT, TOKENS).run
-            engines[name, "dense", dtype] = Engine(run, elements(config) * BYTES[dtype] + cache_bytes(caches[0]))
+            read = elements(config) * BYTES[dtype] + cache_bytes(caches[0])
+            engines.append(Engine(name, "dense", dtype, run, read))
     return compare(shape, config, engines, rounds, probe)
 
 
-def compare(shape: str, config, engines: dict[tuple[str, str, str], Engine], rounds: int, probe) -> list[dict]:
-    """Time the engines (by name, mode and dtype) in turns, print the tables, and return the rows."""
-    timings = interleave({key: engine.run for key, engine in engines.items()}, rounds, probe)
-    timings = {key: [value / TOKENS for value in values] for key, values in timings.items()}
-    rows = [
-        row(
-            name,
-            shape,
-            mode,
-            dtype,
-            timings=timings[name, mode, dtype],
-            bytes_read=engine.read,
-            limit_gbps=probe.gbps,
-            predicted=engine.predicted,
-            active=engine.active,
-        )
-        for (name, mode, dtype), engine in engines.items()
-    ]
-    print_rows(f"{shape}, {config.num_layers} layers, per token; memory reads at {probe.gbps:.1f} GB/s", rows)
+def progress(shape: str, engine: str) -> None:
+    """Weights of gigabytes are made and a model compiled: that takes minutes."""
+    print(f"{shape}: preparing {engine}", file=sys.stderr, flush=True)
+
+
+def compare(shape: str, config, engines: list[Engine], rounds: int, probe) -> list[dict]:
+    """Time the engines in turns, print the tables, and return the rows."""
+    print(f"{shape}: {rounds} rounds of {len(engines)} engines", file=sys.stderr, flush=True)
+    rows, timings = report.compare(f"{config.num_layers} layers, one token", shape, engines, rounds, probe)
     print_speedups(engines, timings)
     return rows
 
 
-def print_speedups(engines: dict, timings: dict) -> None:
+def print_speedups(engines: list[Engine], timings: list[list[float]]) -> None:
     """How many times faster each jsparse row is than each dense row: median of the rounds, and what the bytes allow."""
-    dense = [key for key in engines if key[1] == "dense"]
+    dense = [i for i, engine in enumerate(engines) if engine.mode == "dense"]
     table = Table(title="times faster than (limit by bytes read)")
-    for column in ("", *(f"{name} {dtype}" for name, _, dtype in dense)):
+    for column in ("", *(f"{engines[i].name} {engines[i].dtype}" for i in dense)):
         table.add_column(column, justify="right")
-    for key, engine in engines.items():
-        if not key[0].startswith("jsparse"):
+    for engine, ours in zip(engines, timings):
+        if not engine.name.startswith("jsparse"):
             continue
         cells = []
-        for other in dense:
-            faster = statistics.median(theirs / ours for theirs, ours in zip(timings[other], timings[key]))
-            cells.append(f"{faster:.2f} ({engines[other].read / engine.read:.2f})")
-        table.add_row(f"{key[0]}, {key[1]} {key[2]}", *cells)
+        for i in dense:
+            faster = statistics.median(theirs / own for theirs, own in zip(timings[i], ours))
+            cells.append(f"{faster:.2f} ({engines[i].read / engine.read:.2f})")
+        table.add_row(f"{engine.name}, {engine.mode} {engine.dtype}", *cells)
     Console(width=150).print(table)
 
 

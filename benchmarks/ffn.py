@@ -5,8 +5,6 @@ and PyTorch in bfloat16 and float32. Layers are rotated, so that no weight is in
 """
 
 import argparse
-import dataclasses
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -15,7 +13,8 @@ import numpy as np
 import torch
 
 from benchmarks import random_models
-from benchmarks.report import BandwidthProbe, interleave, print_json, print_rows, row, seconds
+from benchmarks.report import Engine, compare, cpu_probe, positive, print_json, seconds
+from benchmarks.rotation import nbytes, one_after_another, predictor_for, rotated
 from benchmarks.shapes import SHAPES
 from jsparse.ffn import FFNSpec, reference
 from jsparse.ffn.select import select_executor
@@ -24,71 +23,41 @@ from jsparse.params import FFNWeights
 PREDICTED = (0.1, 0.3, 0.5)
 ROTATED_BYTES = 6e8
 """Weights that are rotated: more than any cache holds."""
+SPEC = FFNSpec("fatrelu", random_models.threshold())
 
 
-def executor_engines(layer: random_models.Layer, x: jax.Array, dtype: str, config) -> dict:
-    """By (engine, mode, dtype, predicted), the CPU executor: a timed step, the bytes it reads, the share active."""
+def stored(layer: random_models.Layer, dtype: str) -> FFNWeights:
+    return FFNWeights(*(random_models.store(m, dtype) for m in (layer.ffn.gate, layer.ffn.up, layer.ffn.down_t)))
+
+
+def executor_engines(layer: random_models.Layer, x: jax.Array, dtype: str) -> list[Engine]:
+    """The CPU executor, dense and at every share predicted."""
     executor = select_executor("cpu")
-    spec = FFNSpec("fatrelu", random_models.threshold())
-    copies = copies_of(layer.ffn, dtype)
-    ffn_bytes = dense_bytes(copies[0])
+    ffn = stored(layer, dtype)
 
     def sparse(x, ffn, predictor):
-        return executor.sparse_ffn(x, ffn, predictor, spec)[0]
+        return executor.sparse_ffn(x, ffn, predictor, SPEC)[0]
 
-    dense = one_after_another(lambda x, ffn: executor.dense_ffn(x, ffn, spec), x, [(ffn,) for ffn in copies])
-    engines = {("jsparse", "dense", dtype, 1.0): (dense, ffn_bytes, 1.0)}
+    dense = one_after_another(partial(executor.dense_ffn, spec=SPEC), x, rotated((ffn,), ROTATED_BYTES))
+    engines = [Engine("jsparse", "dense", dtype, dense, nbytes(ffn))]
     for share in PREDICTED:
-        predictor = exactly(layer, x, random_models.OperatingPoint("ours", config.hidden_size // 4, 4, share))
-        _, counts = executor.sparse_ffn(x, copies[0], predictor, spec)
-        predicted, active = np.asarray(counts[0]) / config.intermediate_size
-        read = ffn_bytes * (predicted + 2 * active) / 3 + sum(m.nbytes for m in jax.tree.leaves(predictor))
-        layers = [(ffn, jax.tree.map(random_models.copy, predictor)) for ffn in copies]
-        engines["jsparse", "sparse", dtype, predicted] = (one_after_another(sparse, x, layers), read, active)
+        predictor = predictor_for(layer, x, random_models.OperatingPoint("ours", x.shape[1] // 4, 4, share))
+        _, counts = executor.sparse_ffn(x, ffn, predictor, SPEC)
+        predicted, active = (np.asarray(counts[0]) / ffn.gate.shape[0]).tolist()
+        read = nbytes(ffn) * (predicted + 2 * active) / 3 + nbytes(predictor)
+        run = one_after_another(sparse, x, rotated((ffn, predictor), ROTATED_BYTES))
+        engines.append(Engine("jsparse", "sparse", dtype, run, read, predicted, active))
     return engines
 
 
-def copies_of(ffn: FFNWeights, dtype: str) -> list[FFNWeights]:
-    """The layer as often as it takes to fill ROTATED_BYTES."""
-    first = jax.tree.map(partial(random_models.store, dtype=dtype), ffn)
-    count = max(2, round(ROTATED_BYTES / dense_bytes(first)))
-    return [first] + [jax.tree.map(random_models.copy, first) for _ in range(count - 1)]
+def xla_engine(layer: random_models.Layer, x: jax.Array) -> Engine:
+    ffn = stored(layer, "float32")
+    run = one_after_another(partial(reference.dense_ffn, spec=SPEC), x, rotated((ffn,), ROTATED_BYTES))
+    return Engine("XLA", "dense", "float32", run, nbytes(ffn))
 
 
-def one_after_another(step: Callable, x: jax.Array, layers: list[tuple]) -> Callable[[], float]:
-    """Seconds of one layer, in a program that runs all of them on x, each after the one before."""
-
-    @jax.jit
-    def run(x, layers):
-        for layer in layers:
-            x = x + 0 * step(x, *layer)
-        return x
-
-    return lambda: seconds(lambda: run(x, layers)) / len(layers)
-
-
-def exactly(layer, x, point):
-    """The predictor with the bias that predicts just that share of the neurons of x."""
-    predictor = layer.predictor(point)
-    scores = reference.linear(reference.linear(x, predictor.a), predictor.b)[0]
-    return dataclasses.replace(
-        predictor, bias=jnp.full_like(predictor.bias, -jnp.quantile(scores, 1 - point.predicted))
-    )
-
-
-def dense_bytes(ffn: FFNWeights) -> float:
-    return sum(m.nbytes for m in jax.tree.leaves(ffn))
-
-
-def xla_engine(layer: random_models.Layer, x: jax.Array) -> dict:
-    spec = FFNSpec("fatrelu", random_models.threshold())
-    copies = copies_of(layer.ffn, "float32")
-    run = one_after_another(lambda x, ffn: reference.dense_ffn(x, ffn, spec), x, [(ffn,) for ffn in copies])
-    return {("XLA", "dense", "float32", 1.0): (run, dense_bytes(copies[0]), 1.0)}
-
-
-def torch_engine(layer: random_models.Layer, x: jax.Array, dtype: torch.dtype, name: str) -> dict:
-    limit = random_models.threshold()
+def torch_engine(layer: random_models.Layer, x: jax.Array, name: str) -> Engine:
+    dtype, linear = getattr(torch, name), torch.nn.functional.linear
     parts = (layer.ffn.gate, layer.ffn.up, layer.ffn.down_t.T)
     made = [torch.from_numpy(np.array(part.astype(jnp.float32))).to(dtype) for part in parts]
     size = sum(part.nbytes for part in made)
@@ -97,48 +66,31 @@ def torch_engine(layer: random_models.Layer, x: jax.Array, dtype: torch.dtype, n
 
     @torch.inference_mode()
     def steps():
-        linear = torch.nn.functional.linear
         for gate, up, down in copies:
             h = linear(value, gate)
-            linear(torch.where(h > limit, h, 0) * linear(value, up), down)
+            linear(torch.where(h > SPEC.threshold, h, 0) * linear(value, up), down)
 
-    return {("torch", "dense", name, 1.0): (lambda: seconds(steps) / len(copies), size, 1.0)}
+    return Engine("torch", "dense", name, lambda: seconds(steps) / len(copies), size)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=positive, default=15)
     args = parser.parse_args()
-    probe, results = BandwidthProbe(), []
+    probe, results = cpu_probe(), []
     for shape in args.shape:
         config = SHAPES[shape]
         layer = random_models.random_layer(config, leading_rank=config.hidden_size // 16)
         x = jax.random.normal(jax.random.key(0), (1, config.hidden_size))
-        engines = {
-            **executor_engines(layer, x, "bfloat16", config),
-            **executor_engines(layer, x, "int8", config),
-            **xla_engine(layer, x),
-            **torch_engine(layer, x, torch.bfloat16, "bfloat16"),
-            **torch_engine(layer, x, torch.float32, "float32"),
-        }
-        timings = interleave({key: run for key, (run, _, _) in engines.items()}, args.rounds, probe)
-        rows = [
-            row(
-                engine,
-                shape,
-                mode,
-                dtype,
-                timings=timings[engine, mode, dtype, predicted],
-                bytes_read=float(read),
-                limit_gbps=probe.gbps,
-                predicted=float(predicted),
-                active=float(active),
-            )
-            for (engine, mode, dtype, predicted), (_, read, active) in engines.items()
+        engines = [
+            *executor_engines(layer, x, "bfloat16"),
+            *executor_engines(layer, x, "int8"),
+            xla_engine(layer, x),
+            torch_engine(layer, x, "bfloat16"),
+            torch_engine(layer, x, "float32"),
         ]
-        print_rows(f"{shape}: one FFN layer, one token; memory reads at {probe.gbps:.1f} GB/s", rows)
-        results += rows
+        results += compare("one FFN layer, one token", shape, engines, args.rounds, probe)[0]
     print_json(results)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 import jsparse
 import pallas_kernels
-from benchmarks.report import BandwidthProbe
+from benchmarks.report import BandwidthProbe, positive, seconds
 from benchmarks.shapes import SHAPES
 
 PASSES = 8
@@ -38,13 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def shapes(args: argparse.Namespace) -> dict[str, jsparse.ModelConfig]:
     """The shapes to measure. Exits with 2 where there is no GPU to measure."""
     if args.interpret:
@@ -65,4 +58,5 @@ def _read(data: jax.Array) -> jax.Array:
 
 
 def probe() -> BandwidthProbe:
-    return BandwidthProbe(_read, PASSES)
+    data = jnp.ones((1 << 28,), jnp.float32)
+    return BandwidthProbe(lambda: seconds(lambda: _read(data)), PASSES * data.nbytes)

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import tempfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from benchmarks.report import seconds
 
 
 def make(name: str, dtype: str, config: jsparse.ModelConfig, context: int, tokens: int) -> "LlamaCpp | Transformers":
-    """An engine whose `run` decodes that many tokens around that context and returns the seconds."""
+    """An engine whose `run` decodes that many tokens around that context and returns the seconds of one."""
     return LlamaCpp(config, dtype, context, tokens) if name == "llama.cpp" else Transformers(config, context, tokens)
 
 
@@ -39,6 +40,8 @@ class LlamaCpp:
         threads = len(os.sched_getaffinity(0))
         options.n_threads = options.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, options)
+        weakref.finalize(self, llama_cpp.llama_model_free, self._model)
+        weakref.finalize(self, llama_cpp.llama_free, self._context)  # finalizers run from the last to the first
         for begin in range(0, self._begin, 512):
             self._decode([1] * min(512, self._begin - begin))
 
@@ -56,7 +59,7 @@ class LlamaCpp:
                 self._decode([1 + i])
                 self._lib.llama_get_logits(self._context)
 
-        return seconds(steps)
+        return seconds(steps) / self._tokens
 
 
 def write_gguf(path: Path, config: jsparse.ModelConfig, dtype: str) -> None:
@@ -171,4 +174,4 @@ class Transformers:
                     layer.cumulative_length.sub_(self._tokens)
         else:
             self._cache.crop(-self._tokens)
-        return taken
+        return taken / self._tokens

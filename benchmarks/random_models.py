@@ -101,7 +101,9 @@ def store(matrix: jax.Array, dtype: str) -> Matrix:
 
 
 def copy(array: jax.Array) -> jax.Array:
-    """The array in memory of its own, as a loaded checkpoint's is."""
+    """The array in memory of its own, on the host as a loaded checkpoint's is."""
+    if next(iter(array.devices())).platform != "cpu":
+        return jnp.copy(array)
     new = aligned_empty(array.shape, array.dtype)
     new[...] = array
     return jax.device_put(new)

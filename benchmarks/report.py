@@ -1,5 +1,7 @@
 """How the speed benchmarks measure and report: one process, interleaved rounds, medians, JSON on the last line."""
 
+import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -16,22 +18,40 @@ import cpu_kernels
 KEYS = ("engine", "shape", "mode", "dtype", "predicted", "active", "ms", "gbps", "share_of_limit")
 
 
-class BandwidthProbe:
-    """GB/s at which the device reads memory: a gigabyte, larger than any cache, in `passes` passes by `read`."""
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """Something that is measured: `run` returns the seconds of a layer or token, which takes `read` bytes."""
 
-    def __init__(self, read: Callable[[jax.Array], Any] = cpu_kernels.read, passes: int = 1):
-        self._read, self._passes = read, passes
-        self._data = jnp.ones((1 << 28,), jnp.float32)
+    name: str
+    mode: str
+    dtype: str
+    run: Callable[[], float]
+    read: float
+    predicted: float = 1.0
+    active: float = 1.0
+
+
+class BandwidthProbe:
+    """GB/s at which a device reads memory: `run` reads so many bytes, too many for a cache, and returns the seconds."""
+
+    def __init__(self, run: Callable[[], float], num_bytes: int):
+        self._run, self._num_bytes = run, num_bytes
+        self._run()  # compiles
         self._seconds: list[float] = []
         self.measure()
 
     def measure(self) -> None:
         """One reading; the fastest of all counts, since it is a limit."""
-        self._seconds.append(seconds(lambda: self._read(self._data)))
+        self._seconds.append(self._run())
 
     @property
     def gbps(self) -> float:
-        return self._passes * self._data.nbytes / min(self._seconds[1:] or self._seconds) / 1e9
+        return self._num_bytes / min(self._seconds) / 1e9
+
+
+def cpu_probe() -> BandwidthProbe:
+    data = jnp.ones((1 << 28,), jnp.float32)
+    return BandwidthProbe(lambda: seconds(lambda: cpu_kernels.read(data)), data.nbytes)
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -40,44 +60,34 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def interleave(
-    engines: dict[Any, Callable[[], float]], rounds: int, probe: BandwidthProbe | None = None
-) -> dict[Any, list[float]]:
-    """Seconds of every engine in every round, the engines taking turns; a first turn that warms up is left out.
-
-    Args:
-      engines: by key, a function that runs once and returns its seconds.
-      rounds: at least 1.
-      probe: measured once in every round.
-    """
-    for run in engines.values():
-        run()
-    timings: dict[Any, list[float]] = {key: [] for key in engines}
+def interleave(engines: Sequence[Engine], rounds: int, probe: BandwidthProbe) -> list[list[float]]:
+    """Seconds of every engine in every round, the engines and the probe taking turns, after a turn that warms up."""
+    for engine in engines:
+        engine.run()
+    timings: list[list[float]] = [[] for _ in engines]
     for _ in range(rounds):
-        if probe is not None:
-            probe.measure()
-        for key, run in engines.items():
-            timings[key].append(run())
+        probe.measure()
+        for engine, taken in zip(engines, timings):
+            taken.append(engine.run())
     return timings
 
 
-def row(
-    engine: str,
-    shape: str,
-    mode: str,
-    dtype: str,
-    *,
-    timings: Sequence[float],
-    bytes_read: float,
-    limit_gbps: float,
-    predicted: float = 1.0,
-    active: float = 1.0,
-) -> dict:
+def compare(
+    title: str, shape: str, engines: Sequence[Engine], rounds: int, probe: BandwidthProbe
+) -> tuple[list[dict], list[list[float]]]:
+    """Time the engines in turns and print the table; returns its rows and every engine's seconds by round."""
+    timings = interleave(engines, rounds, probe)
+    rows = [row(shape, engine, taken, probe.gbps) for engine, taken in zip(engines, timings)]
+    print_rows(f"{shape}: {title}; memory reads at {probe.gbps:.1f} GB/s", rows)
+    return rows, timings
+
+
+def row(shape: str, engine: Engine, timings: Sequence[float], limit_gbps: float) -> dict:
     """A result: median ms, GB/s, and the share of the speed at which those bytes could be read at all."""
     median = statistics.median(timings)
-    gbps = bytes_read / median / 1e9
-    values = (engine, shape, mode, dtype, predicted, active, median * 1e3, gbps, gbps / limit_gbps)
-    return dict(zip(KEYS, values))
+    gbps = engine.read / median / 1e9
+    names = engine.name, shape, engine.mode, engine.dtype
+    return dict(zip(KEYS, (*names, engine.predicted, engine.active, median * 1e3, gbps, gbps / limit_gbps)))
 
 
 def print_rows(title: str, rows: Sequence[dict]) -> None:
@@ -93,3 +103,10 @@ def print_rows(title: str, rows: Sequence[dict]) -> None:
 
 def print_json(rows: Sequence[dict]) -> None:
     print(json.dumps(list(rows)), flush=True)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
