@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -148,8 +148,12 @@ class Decoder:
         """(B,) sequences that have ended."""
         return self._finished.cpu().numpy().copy()
 
-    def greedy(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (B, steps), PAD after a sequence's end, and the neuron counts (L, 2) summed over them.
+    def greedy(self, steps: int) -> tuple[np.ndarray, np.ndarray, list[int] | None]:
+        """Decode up to `steps` tokens.
+
+        Returns:
+          the tokens (B, steps), PAD after a sequence's end; the neuron counts (L, 2) summed over them; and of how many
+          neurons of each layer every token read all three rows, None if it read those of just the counted ones.
 
         Raises:
           ValueError: the logits are not finite.
@@ -160,12 +164,52 @@ class Decoder:
             self._tokens.fill_(PAD)
             self._counts.zero_()
             self._index.zero_()
-            for done in range(steps):
-                if done % 8 == 0 and self.finished.all():
-                    break
-                self._graph.replay() if self._graph else self._greedy_step()
+            restore = self._checkpoint(steps)
+            self._run(steps)
+            if self._graph and not self._rows_suffice():  # exact again without it; the next chunk's graph reads more
+                restore()
+                self._graph = self._rows = None
+                self._run(steps)
             self._check()
-            return self._tokens.cpu().numpy()[:, :steps].astype(np.int32), self._counts.cpu().numpy()
+            tokens = self._tokens.cpu().numpy()[:, :steps].astype(np.int32)
+            return tokens, self._counts.cpu().numpy(), self._rows
+
+    def _run(self, steps: int) -> None:
+        for done in range(steps):
+            if done % 8 == 0 and self.finished.all():
+                break
+            self._graph.replay() if self._graph else self._greedy_step()
+
+    def _numbers(self) -> list[Any]:
+        """All that a greedy step changes besides the caches."""
+        state = self._token, self._position, self._finished, self._finite
+        return [*state, self._tokens, self._counts, self._most, self._index]
+
+    def _checkpoint(self, steps: int) -> Callable[[], None]:
+        """What takes the next `steps` steps back.
+
+        A slot of the caches that they write is written again before it is seen, unless the window has it hold an older
+        position until then.
+        """
+        numbers, caches = self._numbers(), []
+        saved = [tensor.clone() for tensor in numbers]
+        if self._spec.window is not None:
+            ahead = self._position[:, None] + self._torch.arange(steps).to(self._where)
+            slots = (ahead % self._slots.shape[0]).repeat_interleave(self._spec.num_kv_heads, dim=0)
+            places = (self._offsets[:, None] + slots).reshape(-1)
+            flat = [side.view(-1, self._spec.head_dim) for pair in self._caches for side in pair]
+            caches = [(side, places, side.index_select(0, places)) for side in flat]
+
+        def restore():
+            for tensor, value in zip(numbers, saved):
+                tensor.copy_(value)
+            for side, places, rows in caches:
+                side.index_copy_(0, places, rows)
+
+        return restore
+
+    def _rows_suffice(self) -> bool:
+        return bool((self._most.cpu().numpy() <= self._rows).all())
 
     def logits(self) -> np.ndarray:
         """Of the next token (B, V), for a caller that chooses it and calls `choose`."""
@@ -206,39 +250,28 @@ class Decoder:
         self._finished.logical_or_(ended)
 
     def _capture(self) -> None:
-        """Record a step as an NPU graph, once steps have shown how many rows it should read, or that it reads too few.
+        """Record a step as an NPU graph, once steps have shown how many rows it should read.
 
         Without graphs on this device, steps go on one operation at a time.
         """
-        if self._graphs is None or not self._stepped:
+        if self._graphs is None or self._graph or not self._stepped:
             return
-        most = self._most.cpu().numpy()
-        if self._rows and (most <= self._rows).all():
-            return
-        numbers = [self._token, self._position, self._finished, self._tokens, self._counts, self._most, self._index]
-        saved = [tensor.clone() for tensor in numbers]
-
-        def rewind():
-            for tensor, value in zip(numbers, saved):
-                tensor.copy_(value)
-            self._index.zero_()
-
+        self._index.zero_()
+        restore = self._checkpoint(1)
         neurons = self._layers[0]["ffn"][0].shape[0]
-        self._rows = [max(1, min(int(count * _GRAPH_SHARE), neurons)) for count in most]
-        self._graph = None
+        self._rows = [max(1, min(int(count * _GRAPH_SHARE), neurons)) for count in self._most.cpu().numpy()]
         graph = self._graphs()
         try:
             with _capturing:
-                rewind()
                 self._greedy_step()  # what is allocated or compiled at a first use is no part of the graph
-                rewind()  # the slots of the caches that were written the next step writes again
+                restore()
                 with self._torch.npu.graph(graph, capture_error_mode="thread_local"):
                     self._greedy_step()
             self._graph = graph
         except RuntimeError as error:
             logging.getLogger("jsparse").warning("this device captures no graphs: %s", error)
             self._rows = self._graphs = None  # nor at another chunk
-        rewind()
+        restore()
 
     def _step(self) -> tuple[Any, Any]:
         """Logits (B, V) after the newest token, which the caches take, and the counts (L, B, 2)."""

@@ -227,6 +227,7 @@ class Statistics:
       prefill_seconds, decode_seconds: wall time, compilation included.
       decoded_tokens: tokens after the first of each sequence, over all sequences.
       counts: (L, 2) neurons predicted active and truly active, summed over those tokens.
+      rows: FFN weight rows read for those tokens in sparse decoding.
       rows_per_token: FFN weight rows of one layer a dense step reads: 3 F.
       pipeline: which rows a predicted neuron costs.
       sparse: whether decoding was.
@@ -239,6 +240,7 @@ class Statistics:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decoded_tokens: int = 0
+    rows: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -249,9 +251,16 @@ class Statistics:
         """Share of the FFN's weight rows that sparse decoding read; 1 for a dense generation."""
         if not self.sparse or not self.decoded_tokens:
             return 1.0
-        predicted, active = self.counts.sum(axis=0)
+        return self.rows / (self.decoded_tokens * self.rows_per_token * len(self.counts))
+
+    def add(self, tokens: np.ndarray, counts: np.ndarray, fixed: Sequence[int] | None = None) -> None:
+        """Count the tokens of a chunk: neuron counts (L, 2), or neurons of each layer all of whose rows each read."""
+        decoded = int((tokens != PAD).sum())
+        predicted, active = counts.sum(axis=0).tolist()
         rows = predicted + 2 * active if self.pipeline == "sequential" else 2 * predicted + active
-        return float(rows) / (self.decoded_tokens * self.rows_per_token * len(self.counts))
+        self.rows += rows if fixed is None else 3 * sum(fixed) * decoded
+        self.counts += counts
+        self.decoded_tokens += decoded
 
 
 class Decoding:
@@ -314,16 +323,16 @@ class Decoding:
         """Decode up to max_steps tokens per sequence, (B, steps), PAD where a sequence had ended."""
         steps = min(max_steps, self.remaining, CHUNK)
         begun = time.perf_counter()
+        fixed = None
         if self._loop:
-            tokens, counts = self._loop.advance(steps)
+            tokens, counts, fixed = self._loop.advance(steps)
         else:
             self._state, tokens, counts = decode_chunk(
                 self._weights, self._predictors, self._state, self.sampling, jnp.int32(steps), model=self.model
             )
         tokens = np.asarray(tokens)
         self.statistics.decode_seconds += time.perf_counter() - begun
-        self.statistics.counts += np.asarray(counts)
-        self.statistics.decoded_tokens += int((tokens != PAD).sum())
+        self.statistics.add(tokens, np.asarray(counts), fixed)
         self.remaining -= steps
         return tokens[:, :steps]
 

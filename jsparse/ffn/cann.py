@@ -169,12 +169,16 @@ class DeviceLoop:
         """Mark sequences (B,) as ended."""
         self._decoder.finish(rows)
 
-    def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (B, steps), PAD after a sequence's end, and counts (L, 2), as `generation.decode_chunk`."""
+    def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray, list[int] | None]:
+        """Tokens (B, steps), PAD after a sequence's end, and counts (L, 2), as `generation.decode_chunk`.
+
+        Third, the neurons of each layer whose rows a captured graph read for every token; None where only rows that
+        the counts account for were read.
+        """
         with _as_user_error():
             return self._decoder.greedy(steps) if self._choose is None else self._sampled(steps)
 
-    def _sampled(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    def _sampled(self, steps: int) -> tuple[np.ndarray, np.ndarray, None]:
         from cann_bridge import PAD
 
         ended = self.finished
@@ -188,7 +192,7 @@ class DeviceLoop:
             counts.append(self._decoder.choose(np.asarray(chosen)))
             tokens[:, i] = np.where(ended, PAD, np.asarray(chosen))
             ended = self.finished
-        return tokens, np.sum(counts, axis=0) if counts else np.int64(0)
+        return tokens, np.sum(counts, axis=0) if counts else np.int64(0), None
 
 
 @contextlib.contextmanager
