@@ -26,7 +26,8 @@ class CalibrationState:
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
         self._config, self._options = params.config, options
-        key = hashlib.sha256(json.dumps([params.config.to_dict(), dataclasses.asdict(options)], default=int).encode())
+        chosen = dataclasses.replace(options, rank=options.ranks(params.config))  # however they were given
+        key = hashlib.sha256(json.dumps([params.config.to_dict(), dataclasses.asdict(chosen)]).encode())
         key.update(rows.tobytes())
         for leaf in jax.tree.leaves(params.weights):
             key.update(digest(leaf).to_bytes(4, "little"))

@@ -15,7 +15,8 @@ constexpr int64_t kChunkRows = kPanelRows;  // rows of a matrix a thread takes a
 constexpr int64_t kFew = 8;           // vectors that a pass over the rows takes without widening them first
 constexpr int64_t kDownRows = 32;     // rows that stay in cache while several vectors take them
 constexpr int64_t kSplit = 64;        // slots of a KV cache a thread takes at a time
-constexpr int64_t kSlotsAtOnce = 4;   // of a KV cache, for one head after another
+constexpr int64_t kSlotsAtOnce = 4;   // of a KV cache, for one head after another; or more, of at most so many bytes:
+constexpr int64_t kBlockBytes = 1 << 14;
 constexpr int64_t kReduceColumns = 1024;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -432,18 +433,16 @@ void Attend(const Context& context, const Attention& shape, const float* q, cons
     const int64_t filled = std::min<int64_t>(shape.slots, int64_t{position[b]} + 1);
     const int64_t count = std::min(kSplit, filled - first);
     float* partial = partials + chunk * shape.num_heads * partial_size;
-    if (count <= 0) {
-      for (int64_t h = 0; h < shape.num_heads; ++h) partial[h * partial_size] = -INFINITY;
-      return;
-    }
+    if (count <= 0) return;
     Arena& own = Arena::OfChunk();
     own.Begin();
     float* scores = own.Take<float>(shape.num_heads * count);
     // A few slots of all heads at a time: the cache is read front to back.
+    const int64_t at_once = std::max(kSlotsAtOnce, kBlockBytes / slot_bytes);
     const auto for_blocks = [&](const void* cache, auto body) {
-      for (int64_t i = 0; i < count; i += kSlotsAtOnce) {
-        const Rows rows{nullptr, first + i, std::min(kSlotsAtOnce, count - i)};
-        const int64_t ahead = i + kSlotsAtOnce < count ? kSlotsAtOnce * slot_bytes : 0;
+      for (int64_t i = 0; i < count; i += at_once) {
+        const Rows rows{nullptr, first + i, std::min(at_once, count - i)};
+        const int64_t ahead = i + at_once < count ? at_once * slot_bytes : 0;
         for (int64_t kv = 0; kv < shape.num_kv_heads; ++kv) {
           const uint8_t* data = static_cast<const uint8_t*>(cache) + b * shape.slots * slot_bytes + kv * head_bytes;
           body(Matrix{type, data, nullptr, shape.slots, head, slot_bytes, ahead}, rows, i, kv * group);
@@ -469,23 +468,21 @@ void Attend(const Context& context, const Attention& shape, const float* q, cons
   });
   phases.Add(shape.batch * shape.num_heads, [&](int64_t chunk) {
     const int64_t b = chunk / shape.num_heads, h = chunk % shape.num_heads;
-    const auto partial = [&](int64_t split) {
-      return partials + ((b * splits + split) * shape.num_heads + h) * partial_size;
-    };
-    float largest = -INFINITY;
-    for (int64_t s = 0; s < splits; ++s) largest = std::max(largest, partial(s)[0]);
-    Arena::OfChunk().Begin();
-    float* sum = Arena::OfChunk().Take<float>(size);
+    const float* of_head = partials + (b * splits * shape.num_heads + h) * partial_size;
+    const int64_t stride = shape.num_heads * partial_size;
+    const int64_t count = CeilDiv(std::min<int64_t>(shape.slots, int64_t{position[b]} + 1), kSplit);
+    Arena& own = Arena::OfChunk();
+    own.Begin();
+    float* factors = own.Take<float>(count);
+    float* sum = own.Take<float>(size);
+    for (int64_t s = 0; s < count; ++s) factors[s] = of_head[s * stride];
+    float largest, total = 0;
+    kernels.exponentiate(factors, count, &largest);
+    for (int64_t s = 0; s < count; ++s) total += factors[s] * of_head[s * stride + 1];
+    for (int64_t s = 0; s < count; ++s) factors[s] /= total;
     std::memset(sum, 0, size * sizeof(float));
-    float total = 0;
-    for (int64_t s = 0; s < splits; ++s) {
-      const float* from = partial(s);
-      if (from[0] == -INFINITY) continue;
-      const float factor = std::exp(from[0] - largest);
-      total += factor * from[1];
-      for (int64_t i = 0; i < size; ++i) sum[i] += factor * from[2 + i];
-    }
-    for (int64_t i = 0; i < size; ++i) sum[i] /= total;
+    const Matrix values{Type::kF32, of_head + 2, nullptr, count, size, stride * int64_t{sizeof(float)}, 0};
+    kernels.accumulate(values, {nullptr, 0, count}, factors, sum);
     kernels.restore(type, sum, head, out + chunk * head);
   });
   int64_t filled = 0;

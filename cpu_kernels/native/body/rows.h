@@ -106,12 +106,7 @@ struct DotSum {
       UNROLL
       for (int s = 1; s < kSets; ++s) sum[r] += total[s][r][m];
     }
-    if constexpr (kRows == 4) {
-      Sum4(sum, sums);
-    } else {
-      UNROLL
-      for (int r = 0; r < kRows; ++r) sums[r] = Sum(sum[r]);
-    }
+    SumAll(sum, sums);
   }
 };
 
@@ -233,24 +228,33 @@ INLINE void WeightedTile(const uint8_t* row, int64_t rows, int64_t stride, int64
 template <Type type>
 KERNEL void Weighted(const Matrix& w, Rows list, const float* p, int64_t ldp, int64_t num_x, float* sums,
                      int64_t lds) {
-  constexpr int kRegisters = 4;
-  constexpr int kNumX = TILE == 6 ? 2 : 1;  // times the parts of four registers
+  constexpr int kRegisters = 2;
   const int64_t block = kRegisters * kBytes, row_bytes = RowBytes(type, w.cols);
   if (row_bytes % block) {
     for (int64_t m = 0; m < num_x; ++m) Accumulate<type>(w, list, p + m * ldp, sums + m * lds);
     return;
   }
+  const int64_t tiles = (num_x + TILE - 1) / TILE;
   for (int64_t at = 0; at < row_bytes; at += block) {
     const uint8_t* row = w.Row(list.first) + at;
     float* to = sums + at / kBytes * kGroup<type>;
-    int64_t m = 0;
-    for (; m + kNumX <= num_x; m += kNumX) {
-      WeightedTile<type, kNumX, kRegisters>(row, list.count, w.stride, m ? 0 : w.ahead, p + m * ldp, ldp,
-                                            to + m * lds, lds);
-    }
-    for (; m < num_x; ++m) {
-      WeightedTile<type, 1, kRegisters>(row, list.count, w.stride, m ? 0 : w.ahead, p + m * ldp, ldp, to + m * lds,
-                                        lds);
+    for (int64_t tile = 0; tile < tiles; ++tile) {  // of equal size, or nearly
+      const int64_t m = num_x * tile / tiles, ahead = m ? 0 : w.ahead;
+      const float* from = p + m * ldp;
+      float* sum = to + m * lds;
+      switch (num_x * (tile + 1) / tiles - m) {
+#define CASE(n) \
+  case n: WeightedTile<type, n, kRegisters>(row, list.count, w.stride, ahead, from, ldp, sum, lds); break
+        CASE(1);
+        CASE(2);
+        CASE(3);
+#if TILE == 6
+        CASE(4);
+        CASE(5);
+        CASE(6);
+#endif
+#undef CASE
+      }
     }
   }
 }

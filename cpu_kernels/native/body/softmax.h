@@ -20,9 +20,30 @@ INLINE vf Exp(vf x) {
   return (vf)((vu)(y * power) & ~under);
 }
 
+INLINE float Largest(const float* p, int64_t n) {
+  constexpr int kSums = 4;  // no comparison waits for the one before
+  vf best[kSums];
+  UNROLL
+  for (int s = 0; s < kSums; ++s) best[s] = Splat(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + kSums * kLanes <= n; i += kSums * kLanes) {
+    UNROLL
+    for (int s = 0; s < kSums; ++s) {
+      const vf value = Load<vf>(p + i + s * kLanes);
+      best[s] = value > best[s] ? value : best[s];
+    }
+  }
+  float largest = -__builtin_inff();
+  for (; i < n; ++i) largest = p[i] > largest ? p[i] : largest;
+  float lanes[kSums * kLanes];
+  UNROLL
+  for (int s = 0; s < kSums; ++s) Store(lanes + s * kLanes, best[s]);
+  for (int l = 0; l < kSums * kLanes; ++l) largest = lanes[l] > largest ? lanes[l] : largest;
+  return largest;
+}
+
 KERNEL float Exponentiate(float* p, int64_t n, float* max) {
-  float largest = p[0];
-  for (int64_t i = 1; i < n; ++i) largest = p[i] > largest ? p[i] : largest;
+  const float largest = Largest(p, n);
   *max = largest;
   if (largest == -__builtin_inff()) {
     memset(p, 0, n * sizeof(float));

@@ -73,6 +73,16 @@ INLINE void Sum4(const vf (&v)[4], float* sums) {
 #endif
 }
 
+template <int kRows>
+INLINE void SumAll(const vf (&v)[kRows], float (&sums)[kRows]) {
+  if constexpr (kRows == 4) {
+    Sum4(v, sums);
+  } else {
+    UNROLL
+    for (int r = 0; r < kRows; ++r) sums[r] = Sum(v[r]);
+  }
+}
+
 // ---- Element types. A register's worth of packed elements has kParts parts of kLanes elements, each widened without
 // crossing lanes: element l * kParts + p of an interleaved type is lane l of part p, of another p * kLanes + l.
 
@@ -162,10 +172,17 @@ struct Arrangement {
 
   KERNEL static void Arrange(const float* x, int64_t n, float scale, float* arranged) {
     for (int64_t group = 0; group < n / kGroup<type>; ++group, x += kGroup<type>, arranged += kGroup<type>) {
-      UNROLL
-      for (int part = 0; part < kParts; ++part) {
+      if constexpr (kParts > 4) {  // unrolled, what a compiler makes of it does not fit the instruction cache
+        _Pragma("GCC unroll 1")
+        for (int part = 0; part < kParts; ++part) {
+          for (int lane = 0; lane < kLanes; ++lane) arranged[part * kLanes + lane] = scale * x[ElementAt(part, lane)];
+        }
+      } else {
         UNROLL
-        for (int lane = 0; lane < kLanes; ++lane) arranged[part * kLanes + lane] = scale * x[ElementAt(part, lane)];
+        for (int part = 0; part < kParts; ++part) {
+          UNROLL
+          for (int lane = 0; lane < kLanes; ++lane) arranged[part * kLanes + lane] = scale * x[ElementAt(part, lane)];
+        }
       }
     }
     const int64_t rest = n % kGroup<type>;
