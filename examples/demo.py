@@ -23,6 +23,7 @@ def main() -> None:
     params, reports = fit_with_progress(jsparse.load("default"), default_texts("default"))
     print_reports(reports)
     print(f"executor: {select_executor().__name__}")
+    print("Sparse decoding leaves out what the predictors miss: the texts may part after some lines.")
     for name, sparse in (("dense", False), ("sparse", True)):
         text, speed, rows_read = timed(params, sparse)
         print(f"\n{name}: {speed:.0f} tokens/s, {rows_read:.1%} of the FFN weight rows read\n{PROMPT}{text}")

@@ -42,6 +42,8 @@ def test_shell_snippets(directory):
         done = subprocess.run(command, shell=True, cwd=directory, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert (directory / "checkpoint" / "model.safetensors").is_file()
+    assert (directory / "predictors" / "model_0.pt").is_file()
+    assert (directory / "model" / "jsparse.json").is_file()
 
 
 def test_files_that_are_named_exist():
