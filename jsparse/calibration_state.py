@@ -27,7 +27,7 @@ class CalibrationState:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._config, self._options = params.config, options
         chosen = dataclasses.replace(options, rank=options.ranks(params.config))  # however they were given
-        key = hashlib.sha256(json.dumps([params.config.to_dict(), dataclasses.asdict(chosen)]).encode())
+        key = hashlib.sha256(json.dumps([params.config.to_dict(), dataclasses.asdict(chosen)], default=int).encode())
         key.update(rows.tobytes())
         for leaf in jax.tree.leaves(params.weights):
             key.update(digest(leaf).to_bytes(4, "little"))

@@ -346,6 +346,13 @@ def test_the_state_of_another_calibration_is_refused(change, small, tmp_path):
     assert {path.name: path.read_bytes() for path in state.iterdir()} == before
 
 
+@pytest.mark.parametrize("same", [{"rank": None}, {"rank": (8, 8, 8)}, {"rank": np.int64(8)}], ids=str)
+def test_the_same_options_in_other_words_continue(same, small, uninterrupted, tmp_path):
+    with pytest.raises(Crash):
+        jsparse.fit_predictors(small, TOKENS, on_layer=lambda report: raise_crash(), state_dir=tmp_path, **OPTIONS)
+    assert contents(jsparse.fit_predictors(small, TOKENS, state_dir=tmp_path, **(OPTIONS | same))) == uninterrupted
+
+
 def raise_crash():
     raise Crash
 
