@@ -67,14 +67,30 @@ def test_opcheck(kind, parallel, rows):
     torch.library.opcheck(ops().dense_reglu_ffn.default, (*operands()[:4], kind, 0.3))
 
 
-def test_the_ops_compile():
+def cpp_compiler_works() -> bool:
+    """Whether Inductor, which generates C++ on a CPU, can compile it."""
+    try:
+        subprocess.run([os.environ.get("CXX", "g++"), "--version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param("inductor", marks=pytest.mark.skipif(not cpp_compiler_works(), reason="no C++ compiler")),
+    ],
+)
+def test_the_ops_compile(backend):
     arguments, defined = operands(), ops()
 
     def step(x, *rest):
         y, counts = defined.sparse_reglu_ffn(x, *rest, "reglu")
         return defined.dense_reglu_ffn(x + y, *rest[:3], "reglu") * 2, counts
 
-    expected, compiled = step(*arguments), torch.compile(step, fullgraph=True)(*arguments)
+    expected, compiled = step(*arguments), torch.compile(step, fullgraph=True, backend=backend)(*arguments)
     for one, other in zip(expected, compiled):
         torch.testing.assert_close(one, other)
 
