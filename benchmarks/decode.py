@@ -144,12 +144,17 @@ def random_caches(config: jsparse.ModelConfig) -> tuple:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
-    parser.add_argument("--layers", type=int, default=8, help="layers of each model; 0 for all of them")
-    parser.add_argument("--dtype", choices=("bfloat16", "int8"), nargs="+", default=["bfloat16", "int8"])
-    parser.add_argument("--others", choices=OTHERS, nargs="*", default=OTHERS, help="engines beside jsparse; or none")
-    parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES), help="default: all")
+    parser.add_argument("--layers", type=int, default=8, help="of each model, default %(default)s; 0 for all of them")
+    dtypes = ("bfloat16", "int8")
+    parser.add_argument("--dtype", choices=dtypes, nargs="+", default=dtypes, help="weights of jsparse, default: both")
+    parser.add_argument(
+        "--others", choices=OTHERS, nargs="*", default=OTHERS, help="engines beside jsparse, default: all; alone, none"
+    )
+    parser.add_argument("--rounds", type=positive, default=15, help="turns of each engine, default %(default)s")
     args = parser.parse_args()
+    if args.layers < 0:
+        parser.error(f"--layers is {args.layers} and must be at least 0")
     configs = {
         name: dataclasses.replace(
             SHAPES[name],
@@ -160,7 +165,7 @@ def main() -> None:
         for name in args.shape
     }
     for name, config in configs.items():
-        if reason := too_large(config, [*args.dtype, *(other.split("-")[1] for other in args.others)]):
+        if reason := too_large(config, [*(f"jsparse-{dtype}" for dtype in args.dtype), *args.others]):
             print(f"error: {name}, {reason}", file=sys.stderr)
             raise SystemExit(2)
     probe, results = cpu_probe(), []
@@ -169,8 +174,8 @@ def main() -> None:
     print_json(results)
 
 
-def too_large(config: jsparse.ModelConfig, dtypes: Sequence[str]) -> str | None:
-    """Why models of these dtypes do not fit in memory together; None if they do, or where that cannot be known.
+def too_large(config: jsparse.ModelConfig, engines: Sequence[str]) -> str | None:
+    """Why the engines, each a name and a dtype, do not fit in memory together; None if they do, or if none can tell.
 
     Out of memory nothing fails: llama.cpp's weights lie in a mapped file, which is then read from the disk, token by
     token, and its figures are wrong.
@@ -179,11 +184,11 @@ def too_large(config: jsparse.ModelConfig, dtypes: Sequence[str]) -> str | None:
     if not meminfo.exists():
         return None
     available = next(int(line.split()[1]) for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
-    needed = elements(config, unread=()) * sum(BYTES[dtype] for dtype in dtypes) / 1e9 + RESERVED_GB
+    needed = elements(config, unread=()) * sum(BYTES[engine.split("-")[1]] for engine in engines) / 1e9 + RESERVED_GB
     if needed * 1e6 <= available:
         return None
     return (
-        f"{config.num_layers} layers: {', '.join(dtypes)} take about {needed:.0f} GB together and "
+        f"{config.num_layers} layers: {', '.join(engines)} take about {needed:.0f} GB together and "
         f"{available / 1e6:.0f} are available; measure fewer at once with --dtype, --others or --layers"
     )
 
