@@ -184,6 +184,15 @@ def test_attend(executor, dtype, heads, kv_heads, head_dim, slots, window):
         np.testing.assert_array_equal(np.asarray(side, np.float64), wanted)
 
 
+def test_a_damaged_key_does_not_hide(executor):
+    """NaN at the newest position, alone in its block of 64 slots, comes out as NaN."""
+    cache = tuple(jnp.zeros((1, 128, 2, 64), jnp.bfloat16) for _ in range(2))
+    ones = jnp.ones((1, 2, 64))
+    attend = jax.jit(executor.attend, static_argnames="window")
+    out, _ = attend(ones, jnp.nan * ones, ones, jnp.array([64], jnp.int32), cache, window=None)
+    assert np.isnan(np.asarray(out)).all()
+
+
 def test_sparse_ffn_reads_no_row_that_is_not_predicted(executor):
     """Rows of neurons that are not predicted hold NaN: one that is read, or a masked dense product, would show."""
     x, ffn, predictor = problem(batch=1)

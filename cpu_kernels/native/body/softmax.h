@@ -46,8 +46,9 @@ KERNEL float Exponentiate(float* p, int64_t n, float* max) {
   const float largest = Largest(p, n);
   *max = largest;
   if (largest == -__builtin_inff()) {
-    memset(p, 0, n * sizeof(float));
-    return 0;
+    float total = 0;
+    for (int64_t i = 0; i < n; ++i) total += p[i] = p[i] == largest ? 0 : p[i];  // NaN stays
+    return total;
   }
   vf sum = {};
   int64_t i = 0;
