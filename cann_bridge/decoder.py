@@ -186,19 +186,14 @@ class Decoder:
         return [*state, self._tokens, self._counts, self._most, self._index]
 
     def _checkpoint(self, steps: int) -> Callable[[], None]:
-        """What takes the next `steps` steps back.
-
-        A slot of the caches that they write is written again before it is seen, unless the window has it hold an older
-        position until then.
-        """
-        numbers, caches = self._numbers(), []
+        """What takes the next `steps` steps back, the slots of the caches that they write included."""
+        numbers = self._numbers()
         saved = [tensor.clone() for tensor in numbers]
-        if self._spec.window is not None:
-            ahead = self._position[:, None] + self._torch.arange(steps).to(self._where)
-            slots = (ahead % self._slots.shape[0]).repeat_interleave(self._spec.num_kv_heads, dim=0)
-            places = (self._offsets[:, None] + slots).reshape(-1)
-            flat = [side.view(-1, self._spec.head_dim) for pair in self._caches for side in pair]
-            caches = [(side, places, side.index_select(0, places)) for side in flat]
+        ahead = self._position[:, None] + self._torch.arange(steps).to(self._where)
+        slots = (ahead % self._slots.shape[0]).repeat_interleave(self._spec.num_kv_heads, dim=0)
+        places = (self._offsets[:, None] + slots).reshape(-1)
+        flat = [side.view(-1, self._spec.head_dim) for pair in self._caches for side in pair]
+        caches = [(side, places, side.index_select(0, places)) for side in flat]
 
         def restore():
             for tensor, value in zip(numbers, saved):

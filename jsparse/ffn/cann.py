@@ -158,7 +158,7 @@ class DeviceLoop:
                 cann_bridge.device(),
             )
         self._decoder.begin(state.caches, state.token, state.position, state.finished, chunk)
-        self._choose, self._keys = choose, state.keys
+        self._choose, self._keys, self._layers = choose, state.keys, config.num_layers
 
     @property
     def finished(self) -> np.ndarray:
@@ -192,7 +192,7 @@ class DeviceLoop:
             counts.append(self._decoder.choose(np.asarray(chosen)))
             tokens[:, i] = np.where(ended, PAD, np.asarray(chosen))
             ended = self.finished
-        return tokens, np.sum(counts, axis=0) if counts else np.int64(0), None
+        return tokens, np.sum(counts, axis=0) if counts else np.zeros((self._layers, 2), np.int64), None
 
 
 @contextlib.contextmanager
