@@ -17,6 +17,7 @@ import pytest
 import simulated_npu
 import torch
 from conftest import TINY, random_params
+from test_generation import with_random_predictors
 
 import cann_bridge
 import jsparse
@@ -184,6 +185,26 @@ def test_a_chunk_whose_graph_read_too_few_rows_is_done_again(fitted, window, mon
     assert npu.log.count("replay") > 60
     assert again == [False] * 3
     assert found == expected
+
+
+def test_a_chunk_done_again_at_the_context_s_end(monkeypatch):
+    """The longest prompt meets the end in a chunk that is taken back, and steps on over slots of its beginning."""
+    params = with_random_predictors(random_params(dataclasses.replace(TINY, ffn_kind="reglu", context_length=64)))
+    prompts = [np.arange(1, 34) % 128, np.arange(5), np.arange(20)[::-1]]
+    expected = jsparse.generate(params, prompts, max_new_tokens=110, executor="xla")
+    monkeypatch.setattr(decoder, "_GRAPH_SHARE", 0.3)
+    simulated_npu.install()
+    with loop_on("npu", monkeypatch):
+        found = jsparse.generate(params, prompts, max_new_tokens=110, executor="cann")
+    for one, other in zip(found, expected):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_sampling_that_a_stop_string_ends(fitted, npu, monkeypatch):
+    options = {"max_new_tokens": 64, "temperature": 0.8, "seed": 3, "sparse": False, "stop": '"'}
+    expected = jsparse.generate(fitted, "def f(x):\n", executor="xla", **options)
+    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+    assert jsparse.generate(fitted, "def f(x):\n", executor="cann", **options) == expected
 
 
 def test_rows_that_a_graph_reads_beyond_the_predicted_are_counted(fitted, npu, monkeypatch):
