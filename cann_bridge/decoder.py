@@ -164,9 +164,9 @@ class Decoder:
             self._tokens.fill_(PAD)
             self._counts.zero_()
             self._index.zero_()
-            restore = self._checkpoint(steps)
+            restore = self._checkpoint(steps) if self._graph else None
             self._run(steps)
-            if self._graph and not self._rows_suffice():  # exact again without it; the next chunk's graph reads more
+            if restore and not self._rows_suffice():  # exact again without it; the next chunk's graph reads more
                 restore()
                 self._graph = self._rows = None
                 self._run(steps)
@@ -180,14 +180,10 @@ class Decoder:
                 break
             self._graph.replay() if self._graph else self._greedy_step()
 
-    def _numbers(self) -> list[Any]:
-        """All that a greedy step changes besides the caches."""
-        state = self._token, self._position, self._finished, self._finite
-        return [*state, self._tokens, self._counts, self._most, self._index]
-
     def _checkpoint(self, steps: int) -> Callable[[], None]:
         """What takes the next `steps` steps back, the slots of the caches that they write included."""
-        numbers = self._numbers()
+        state = self._token, self._position, self._finished, self._finite
+        numbers = [*state, self._tokens, self._counts, self._most, self._index]
         saved = [tensor.clone() for tensor in numbers]
         ahead = self._position[:, None] + self._torch.arange(steps).to(self._where)
         slots = (ahead % self._slots.shape[0]).repeat_interleave(self._spec.num_kv_heads, dim=0)
@@ -236,8 +232,9 @@ class Decoder:
 
     def _take(self, chosen: Any, counts: Any) -> None:
         torch = self._torch
-        self._counts.add_(torch.where(self._finished[None, :, None], 0, counts.to(torch.int64)).sum(dim=1))
-        self._most.copy_(torch.maximum(self._most, counts[:, :, 0].amax(dim=1).to(torch.int64)))
+        counts = torch.where(self._finished[None, :, None], 0, counts.to(torch.int64))
+        self._counts.add_(counts.sum(dim=1))
+        self._most.copy_(torch.maximum(self._most, counts[:, :, 0].amax(dim=1)))
         self._token.copy_(chosen)
         self._position.add_(1)
         self._index.add_(1)
