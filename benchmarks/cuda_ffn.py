@@ -19,7 +19,6 @@ from benchmarks import gpu, plain_xla, random_models
 from benchmarks.report import Engine, compare, print_json
 from benchmarks.rotation import nbytes, one_after_another, predictor_for, rotated
 from jsparse.ffn import FFNSpec, cuda
-from jsparse.params import FFNWeights
 
 ROTATED_BYTES = 1.5e9
 """Weights that are rotated: many times what an L2 cache holds."""
@@ -30,7 +29,7 @@ SPEC = FFNSpec("fatrelu", random_models.threshold())
 
 def engines_of(layer: random_models.Layer, x: jax.Array, points: tuple, dtype: str, repeats: int) -> list[Engine]:
     """Plain JAX, ours at every operating point beside CUDA C by hand, and PyTorch."""
-    ffn = FFNWeights(*(random_models.store(m, dtype) for m in (layer.ffn.gate, layer.ffn.up, layer.ffn.down_t)))
+    ffn = layer.stored(dtype)
     alone = rotated((ffn,), ROTATED_BYTES)
     dense = one_after_another(partial(plain_xla.dense_ffn, spec=SPEC), x, alone, repeats)
     engines = [Engine("XLA", "dense", dtype, dense, nbytes(ffn))]

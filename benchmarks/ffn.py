@@ -18,7 +18,6 @@ from benchmarks.rotation import nbytes, one_after_another, predictor_for, rotate
 from benchmarks.shapes import SHAPES
 from jsparse.ffn import FFNSpec, reference
 from jsparse.ffn.select import select_executor
-from jsparse.params import FFNWeights
 
 PREDICTED = (0.1, 0.3, 0.5)
 ROTATED_BYTES = 6e8
@@ -26,14 +25,10 @@ ROTATED_BYTES = 6e8
 SPEC = FFNSpec("fatrelu", random_models.threshold())
 
 
-def stored(layer: random_models.Layer, dtype: str) -> FFNWeights:
-    return FFNWeights(*(random_models.store(m, dtype) for m in (layer.ffn.gate, layer.ffn.up, layer.ffn.down_t)))
-
-
 def executor_engines(layer: random_models.Layer, x: jax.Array, dtype: str) -> list[Engine]:
     """The CPU executor, dense and at every share predicted."""
     executor = select_executor("cpu")
-    ffn = stored(layer, dtype)
+    ffn = layer.stored(dtype)
 
     def sparse(x, ffn, predictor):
         return executor.sparse_ffn(x, ffn, predictor, SPEC)[0]
@@ -51,7 +46,7 @@ def executor_engines(layer: random_models.Layer, x: jax.Array, dtype: str) -> li
 
 
 def xla_engine(layer: random_models.Layer, x: jax.Array) -> Engine:
-    ffn = stored(layer, "float32")
+    ffn = layer.stored("float32")
     run = one_after_another(partial(reference.dense_ffn, spec=SPEC), x, rotated((ffn,), ROTATED_BYTES))
     return Engine("XLA", "dense", "float32", run, nbytes(ffn))
 

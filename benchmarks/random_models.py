@@ -52,6 +52,10 @@ class Layer:
     a: QuantizedRows
     b: QuantizedRows
 
+    def stored(self, dtype: str) -> FFNWeights:
+        """The FFN in its own memory, in that dtype."""
+        return FFNWeights(*(store(m, dtype) for m in (self.ffn.gate, self.ffn.up, self.ffn.down_t)))
+
     def predictor(self, point: OperatingPoint) -> Predictor:
         """A predictor of that rank and bits that predicts that share of the neurons of a normalised input."""
         if point.bits == 4:

@@ -426,12 +426,12 @@ void Attend(const Context& context, const Attention& shape, const float* q, cons
       kernels.arrange(type, q + i * head, head, shape.scale, queries + i * size);
     }
   }
+  // Slots beyond the position hold nothing yet.
+  const auto filled = [&](int64_t b) { return std::min<int64_t>(shape.slots, int64_t{position[b]} + 1); };
   Phases phases;
   phases.Add(shape.batch * splits, [&](int64_t chunk) {
     const int64_t b = chunk / splits, first = chunk % splits * kSplit;
-    // Slots beyond the position hold nothing yet.
-    const int64_t filled = std::min<int64_t>(shape.slots, int64_t{position[b]} + 1);
-    const int64_t count = std::min(kSplit, filled - first);
+    const int64_t count = std::min(kSplit, filled(b) - first);
     float* partial = partials + chunk * shape.num_heads * partial_size;
     if (count <= 0) return;
     Arena& own = Arena::OfChunk();
@@ -470,7 +470,7 @@ void Attend(const Context& context, const Attention& shape, const float* q, cons
     const int64_t b = chunk / shape.num_heads, h = chunk % shape.num_heads;
     const float* of_head = partials + (b * splits * shape.num_heads + h) * partial_size;
     const int64_t stride = shape.num_heads * partial_size;
-    const int64_t count = CeilDiv(std::min<int64_t>(shape.slots, int64_t{position[b]} + 1), kSplit);
+    const int64_t count = CeilDiv(filled(b), kSplit);
     Arena& own = Arena::OfChunk();
     own.Begin();
     float* factors = own.Take<float>(count);
@@ -485,9 +485,9 @@ void Attend(const Context& context, const Attention& shape, const float* q, cons
     kernels.accumulate(values, {nullptr, 0, count}, factors, sum);
     kernels.restore(type, sum, head, out + chunk * head);
   });
-  int64_t filled = 0;
-  for (int64_t b = 0; b < shape.batch; ++b) filled += std::min<int64_t>(shape.slots, int64_t{position[b]} + 1);
-  phases.Run(context.pool, 2 * filled * slot_bytes);
+  int64_t read = 0;
+  for (int64_t b = 0; b < shape.batch; ++b) read += 2 * filled(b) * slot_bytes;
+  phases.Run(context.pool, read);
 }
 
 uint64_t ReadAll(const Context& context, const void* data, int64_t bytes) {

@@ -37,22 +37,21 @@ struct Integers<Type::kI4> {
 template <Type type>
 constexpr int64_t kIntegerGroup = kShorts * Integers<type>::kParts;
 
-template <Type type, int kRows>
+// Products of one row with the features.
+template <Type type>
 struct ScoreSum {
   const int16_t* features;
   const int16_t* begin;  // of the sums of the next window
-  vf sum[kRows] = {};
-  vi total[kRows];
+  vf sum = {};
+  vi total;
   int registers = 0;
 
   INLINE ScoreSum(const int16_t* features, const int16_t* begin) : features(features), begin(begin) { Begin(); }
 
-  INLINE void Take(const uint8_t* const (&from)[kRows]) {
+  INLINE void Take(const uint8_t* const (&from)[1]) {
     UNROLL
     for (int part = 0; part < Integers<type>::kParts; ++part, features += kShorts) {
-      const vh value = Load<vh>(features);
-      UNROLL
-      for (int r = 0; r < kRows; ++r) total[r] += MultiplyAdd(Integers<type>::Part(Load<vuh>(from[r]), part), value);
+      total += MultiplyAdd(Integers<type>::Part(Load<vuh>(from[0]), part), Load<vh>(features));
     }
     if (++registers % kFlush == 0) {
       End();
@@ -61,16 +60,11 @@ struct ScoreSum {
   }
 
   INLINE void Begin() {
-    const vi offset = Load<vi>(begin);
+    total = Load<vi>(begin);
     begin += kShorts;
-    UNROLL
-    for (int r = 0; r < kRows; ++r) total[r] = offset;
   }
 
-  INLINE void End() {
-    UNROLL
-    for (int r = 0; r < kRows; ++r) sum[r] += __builtin_convertvector(total[r], vf);
-  }
+  INLINE void End() { sum += __builtin_convertvector(total, vf); }
 };
 
 template <Type type, int kRows>
@@ -82,10 +76,10 @@ INLINE void ScoreRows(const Matrix& w, const Rows& list, int64_t i, const int16_
   UNROLL
   for (int r = 0; r < kRows; ++r) {
     const Cursor<1> at(w, list, i + r, RowBytes(type, w.cols));
-    ScoreSum<type, 1> scores(features, begin);
+    ScoreSum<type> scores(features, begin);
     Walk(at, RowBytes(type, w.cols), scores);
     scores.End();
-    sum[r] = scores.sum[0];
+    sum[r] = scores.sum;
     scale[r] = at.scale[0];
   }
   SumAll(sum, sums);
