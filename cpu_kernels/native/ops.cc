@@ -437,19 +437,20 @@ void Attend(const Context& context, const Attention& shape, const float* q, cons
     Arena& own = Arena::OfChunk();
     own.Begin();
     float* scores = own.Take<float>(shape.num_heads * count);
-    // A few slots of all heads at a time: the cache is read front to back.
+    // A few slots of all heads at a time: the cache is read front to back, and during the last of them the `next` begins.
     const int64_t at_once = std::max(kSlotsAtOnce, kBlockBytes / slot_bytes);
-    const auto for_blocks = [&](const void* cache, auto body) {
+    const auto for_blocks = [&](const void* cache, const void* next, auto body) {
+      const int64_t to_next = next ? reinterpret_cast<intptr_t>(next) - reinterpret_cast<intptr_t>(cache) : 0;
       for (int64_t i = 0; i < count; i += at_once) {
         const Rows rows{nullptr, first + i, std::min(at_once, count - i)};
-        const int64_t ahead = i + at_once < count ? at_once * slot_bytes : 0;
+        const int64_t ahead = i + at_once < count ? at_once * slot_bytes : next ? to_next - i * slot_bytes : 0;
         for (int64_t kv = 0; kv < shape.num_kv_heads; ++kv) {
           const uint8_t* data = static_cast<const uint8_t*>(cache) + b * shape.slots * slot_bytes + kv * head_bytes;
           body(Matrix{type, data, nullptr, shape.slots, head, slot_bytes, ahead}, rows, i, kv * group);
         }
       }
     };
-    for_blocks(keys, [&](const Matrix& side, Rows rows, int64_t i, int64_t h) {
+    for_blocks(keys, values, [&](const Matrix& side, Rows rows, int64_t i, int64_t h) {
       kernels.dots(side, rows, queries + (b * shape.num_heads + h) * size, size, group, scores + h * count + i, count);
     });
     for (int64_t h = 0; h < shape.num_heads; ++h) {
@@ -462,7 +463,7 @@ void Attend(const Context& context, const Attention& shape, const float* q, cons
       result[1] = kernels.exponentiate(p, count, result);
       std::memset(result + 2, 0, size * sizeof(float));
     }
-    for_blocks(values, [&](const Matrix& side, Rows rows, int64_t i, int64_t h) {
+    for_blocks(values, nullptr, [&](const Matrix& side, Rows rows, int64_t i, int64_t h) {
       kernels.weighted(side, rows, scores + h * count + i, count, group, partial + h * partial_size + 2, partial_size);
     });
   });

@@ -124,24 +124,29 @@ KERNEL void TileInto(const Cursor<kRows>& at, const float* x, int64_t ldx, int64
   }
 }
 
-// kRows rows times every vector, TILE at a time.
+// kRows rows times every vector, at most TILE at a time.
 template <Type type, int kRows>
-KERNEL void TileAll(const Cursor<kRows>& at, const float* x, int64_t ldx, int64_t num_x, int64_t n, float* out,
+KERNEL void TileAll(Cursor<kRows> at, const float* x, int64_t ldx, int64_t num_x, int64_t n, float* out,
                     int64_t ldo) {
-  int64_t m = 0;
-  for (; m + TILE <= num_x; m += TILE) {
-    TileInto<type, kRows, TILE>(at, x + m * ldx, ldx, n, out + m * ldo, ldo);
-  }
-  const float* rest = x + m * ldx;
-  float* to = out + m * ldo;
-  switch (num_x - m) {
-    case 1: return TileInto<type, kRows, 1>(at, rest, ldx, n, to, ldo);
-    case 2: return TileInto<type, kRows, 2>(at, rest, ldx, n, to, ldo);
-#if TILE > 3
-    case 3: return TileInto<type, kRows, 3>(at, rest, ldx, n, to, ldo);
-    case 4: return TileInto<type, kRows, 4>(at, rest, ldx, n, to, ldo);
-    case 5: return TileInto<type, kRows, 5>(at, rest, ldx, n, to, ldo);
+  const int64_t tiles = (num_x + TILE - 1) / TILE;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t m = num_x * tile / tiles;
+    const float* from = x + m * ldx;
+    float* to = out + m * ldo;
+    switch (num_x * (tile + 1) / tiles - m) {
+#define CASE(k) \
+  case k: TileInto<type, kRows, k>(at, from, ldx, n, to, ldo); break
+      CASE(1);
+      CASE(2);
+      CASE(3);
+#if TILE == 6
+      CASE(4);
+      CASE(5);
+      CASE(6);
 #endif
+#undef CASE
+    }
+    at.has_next = false;  // fetched already
   }
 }
 

@@ -87,9 +87,22 @@ INLINE void ScoreRows(const Matrix& w, const Rows& list, int64_t i, const int16_
   for (int r = 0; r < kRows; ++r) out[i + r] = sums[r] * (step * scale[r]);
 }
 
+INLINE float LargestMagnitude(const float* x, int64_t n) {
+  vf best = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const vf magnitude = (vf)(Load<vu>(x + i) & 0x7fffffffu);
+    best = magnitude > best ? magnitude : best;
+  }
+  float largest = Max(best);
+  for (; i < n; ++i) largest = __builtin_fabsf(x[i]) > largest ? __builtin_fabsf(x[i]) : largest;
+  return largest;
+}
+
 template <Type type>
 struct LowBit {
   static constexpr int kParts = Integers<type>::kParts;
+  static constexpr float kLimit = 32767;
 
   KERNEL static int64_t Registers(int64_t n) { return (n + kIntegerGroup<type> - 1) / kIntegerGroup<type>; }
 
@@ -99,23 +112,39 @@ struct LowBit {
     return Registers(n) * kIntegerGroup<type> + (Registers(n) / kFlush + 1) * kShorts;
   }
 
+  // Features of one group, rounded.
+  INLINE static void QuantizeGroup(const float* x, float step, int16_t* features) {
+    vf v[2 * kParts];
+    UNROLL
+    for (int i = 0; i < 2 * kParts; ++i) v[i] = Load<vf>(x + i * kLanes);
+    Deinterleave(v);
+    UNROLL
+    for (int part = 0; part < kParts; ++part) {  // element l * kParts + part; pairs of neighbours share 32 bits
+      const vu even = Rounded(v[part], step), odd = Rounded(v[part + kParts], step);
+      Store(features + part * kShorts, even & 0xffffu | odd << 16);
+    }
+  }
+
+  INLINE static vu Rounded(const vf& x, float step) {
+    const vf limit = Splat(kLimit);
+    vf value = x / step;
+    value = value < limit ? value : limit;
+    value = value > -limit ? value : -limit;
+    const vf half = (vf)((vu)Splat(0.5f) | ((vu)value & 0x80000000u));
+    return (vu)__builtin_convertvector(value + half, vi);
+  }
+
   KERNEL static float Quantize(const float* x, int64_t n, int16_t* features) {
-    constexpr float kLimit = 32767;
-    float largest = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const float magnitude = __builtin_fabsf(x[i]);
-      largest = magnitude > largest ? magnitude : largest;
-    }
+    const float largest = LargestMagnitude(x, n);
     const float step = largest > 0 && largest < __builtin_inff() ? largest / kLimit : 1;
-    memset(features, 0, Size(n) * sizeof(int16_t));
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t within = i % kIntegerGroup<type>;
-      float value = x[i] / step;
-      value = value < kLimit ? value : kLimit;
-      value = value > -kLimit ? value : -kLimit;
-      features[i - within + within % kParts * kShorts + within / kParts] =
-          static_cast<int16_t>(value + (value < 0 ? -0.5f : 0.5f));
+    const int64_t whole = n / kIntegerGroup<type> * kIntegerGroup<type>;
+    for (int64_t i = 0; i < whole; i += kIntegerGroup<type>) QuantizeGroup(x + i, step, features + i);
+    if (whole < n) {
+      float rest[kIntegerGroup<type>] = {};
+      memcpy(rest, x + whole, (n - whole) * sizeof(float));
+      QuantizeGroup(rest, step, features + whole);
     }
+    memset(features + Registers(n) * kIntegerGroup<type>, 0, (Registers(n) / kFlush + 1) * kShorts * sizeof(int16_t));
     int16_t* begin = features + Registers(n) * kIntegerGroup<type>;
     vi offset = {};
     for (int64_t group = 0; group < Registers(n); ++group) {

@@ -33,12 +33,10 @@ INLINE float Largest(const float* p, int64_t n) {
       best[s] = value > best[s] ? value : best[s];
     }
   }
-  float largest = -__builtin_inff();
-  for (; i < n; ++i) largest = p[i] > largest ? p[i] : largest;
-  float lanes[kSums * kLanes];
   UNROLL
-  for (int s = 0; s < kSums; ++s) Store(lanes + s * kLanes, best[s]);
-  for (int l = 0; l < kSums * kLanes; ++l) largest = lanes[l] > largest ? lanes[l] : largest;
+  for (int s = 1; s < kSums; ++s) best[0] = best[s] > best[0] ? best[s] : best[0];
+  float largest = Max(best[0]);
+  for (; i < n; ++i) largest = p[i] > largest ? p[i] : largest;
   return largest;
 }
 

@@ -41,6 +41,19 @@ INLINE float Sum(const vf& v) {
 #endif
 }
 
+INLINE float Max(const vf& v) {
+#if LANES == 16
+  return _mm512_reduce_max_ps((__m512)v);
+#elif LANES == 8
+  const __m128 half = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+#else
+  const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+  return a > b ? a : b;
+#endif
+}
+
 // sums[i] = Sum(v[i]), the four of them together.
 INLINE void Sum4(const vf (&v)[4], float* sums) {
 #if defined(__x86_64__)
@@ -80,6 +93,81 @@ INLINE void SumAll(const vf (&v)[kRows], float (&sums)[kRows]) {
   } else {
     UNROLL
     for (int r = 0; r < kRows; ++r) sums[r] = Sum(v[r]);
+  }
+}
+
+// The elements of a and b, one after the other, at even and at odd places; and those of a and b in turns.
+#if LANES == 16
+INLINE __m512i Counting(int first, int step) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(step)), _mm512_set1_epi32(first));
+}
+INLINE vf Pick(const vf& a, __m512i places, const vf& b) {
+  return (vf)_mm512_permutex2var_ps((__m512)a, places, (__m512)b);
+}
+INLINE __m512i Turns(int first) {  // places first, first + kLanes, first + 1, ...
+  const __m512i pairs = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return _mm512_add_epi32(pairs, _mm512_set1_epi32(first));
+}
+INLINE vf Evens(const vf& a, const vf& b) { return Pick(a, Counting(0, 2), b); }
+INLINE vf Odds(const vf& a, const vf& b) { return Pick(a, Counting(1, 2), b); }
+INLINE vf FirstTurns(const vf& a, const vf& b) { return Pick(a, Turns(0), b); }
+INLINE vf LastTurns(const vf& a, const vf& b) { return Pick(a, Turns(8), b); }
+#elif LANES == 8
+INLINE vf InOrder(__m256 halves) { return (vf)_mm256_permute4x64_pd(_mm256_castps_pd(halves), 0xd8); }
+INLINE vf Evens(const vf& a, const vf& b) { return InOrder(_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88)); }
+INLINE vf Odds(const vf& a, const vf& b) { return InOrder(_mm256_shuffle_ps((__m256)a, (__m256)b, 0xdd)); }
+template <int kHalf>
+INLINE vf Turns(const vf& a, const vf& b) {
+  const __m256 low = _mm256_unpacklo_ps((__m256)a, (__m256)b), high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  return (vf)_mm256_permute2f128_ps(low, high, kHalf ? 0x31 : 0x20);
+}
+INLINE vf FirstTurns(const vf& a, const vf& b) { return Turns<0>(a, b); }
+INLINE vf LastTurns(const vf& a, const vf& b) { return Turns<1>(a, b); }
+#else
+INLINE vf Evens(const vf& a, const vf& b) { return vf{a[0], a[2], b[0], b[2]}; }
+INLINE vf Odds(const vf& a, const vf& b) { return vf{a[1], a[3], b[1], b[3]}; }
+INLINE vf FirstTurns(const vf& a, const vf& b) { return vf{a[0], b[0], a[1], b[1]}; }
+INLINE vf LastTurns(const vf& a, const vf& b) { return vf{a[2], b[2], a[3], b[3]}; }
+#endif
+
+// Makes of registers in order those that hold every kCount-th element: lane l of register p was element l * kCount + p.
+template <int kCount>
+INLINE void Deinterleave(vf (&v)[kCount]) {
+  if constexpr (kCount > 1) {
+    vf evens[kCount / 2], odds[kCount / 2];
+    UNROLL
+    for (int i = 0; i < kCount / 2; ++i) {
+      evens[i] = Evens(v[2 * i], v[2 * i + 1]);
+      odds[i] = Odds(v[2 * i], v[2 * i + 1]);
+    }
+    Deinterleave(evens);
+    Deinterleave(odds);
+    UNROLL
+    for (int i = 0; i < kCount / 2; ++i) {
+      v[2 * i] = evens[i];
+      v[2 * i + 1] = odds[i];
+    }
+  }
+}
+
+// The other way.
+template <int kCount>
+INLINE void Interleave(vf (&v)[kCount]) {
+  if constexpr (kCount > 1) {
+    vf evens[kCount / 2], odds[kCount / 2];
+    UNROLL
+    for (int i = 0; i < kCount / 2; ++i) {
+      evens[i] = v[2 * i];
+      odds[i] = v[2 * i + 1];
+    }
+    Interleave(evens);
+    Interleave(odds);
+    UNROLL
+    for (int i = 0; i < kCount / 2; ++i) {
+      v[2 * i] = FirstTurns(evens[i], odds[i]);
+      v[2 * i + 1] = LastTurns(evens[i], odds[i]);
+    }
   }
 }
 
@@ -160,10 +248,7 @@ template <Type type>
 struct Arrangement {
   static constexpr int kParts = Packed<type>::kParts;
 
-  // Which element of a group stands at a place of its arrangement, and where an element stands.
-  INLINE static constexpr int64_t ElementAt(int64_t part, int64_t lane) {
-    return Packed<type>::kInterleaved ? lane * kParts + part : part * kLanes + lane;
-  }
+  // Where an element of a group stands.
   INLINE static constexpr int64_t PlaceOf(int64_t i) {
     return Packed<type>::kInterleaved ? i % kParts * kLanes + i / kParts : i;
   }
@@ -172,18 +257,12 @@ struct Arrangement {
 
   KERNEL static void Arrange(const float* x, int64_t n, float scale, float* arranged) {
     for (int64_t group = 0; group < n / kGroup<type>; ++group, x += kGroup<type>, arranged += kGroup<type>) {
-      if constexpr (kParts > 4) {  // unrolled, what a compiler makes of it does not fit the instruction cache
-        _Pragma("GCC unroll 1")
-        for (int part = 0; part < kParts; ++part) {
-          for (int lane = 0; lane < kLanes; ++lane) arranged[part * kLanes + lane] = scale * x[ElementAt(part, lane)];
-        }
-      } else {
-        UNROLL
-        for (int part = 0; part < kParts; ++part) {
-          UNROLL
-          for (int lane = 0; lane < kLanes; ++lane) arranged[part * kLanes + lane] = scale * x[ElementAt(part, lane)];
-        }
-      }
+      vf v[kParts];
+      UNROLL
+      for (int part = 0; part < kParts; ++part) v[part] = scale * Load<vf>(x + part * kLanes);
+      if constexpr (Packed<type>::kInterleaved) Deinterleave(v);
+      UNROLL
+      for (int part = 0; part < kParts; ++part) Store(arranged + part * kLanes, v[part]);
     }
     const int64_t rest = n % kGroup<type>;
     if (!rest) return;
@@ -193,11 +272,12 @@ struct Arrangement {
 
   KERNEL static void Restore(const float* arranged, int64_t n, float* x) {
     for (int64_t group = 0; group < n / kGroup<type>; ++group, x += kGroup<type>, arranged += kGroup<type>) {
+      vf v[kParts];
       UNROLL
-      for (int lane = 0; lane < kLanes; ++lane) {
-        UNROLL
-        for (int part = 0; part < kParts; ++part) x[ElementAt(part, lane)] = arranged[part * kLanes + lane];
-      }
+      for (int part = 0; part < kParts; ++part) v[part] = Load<vf>(arranged + part * kLanes);
+      if constexpr (Packed<type>::kInterleaved) Interleave(v);
+      UNROLL
+      for (int part = 0; part < kParts; ++part) Store(x + part * kLanes, v[part]);
     }
     for (int64_t i = 0; i < n % kGroup<type>; ++i) x[i] = arranged[PlaceOf(i)];
   }
