@@ -1,7 +1,9 @@
 // Products of a matrix's rows with few vectors, and sums of its rows: each row is read once, from memory. A part of
 // kernels_body.h.
 
-constexpr int64_t kAhead = 2048;        // bytes, within scattered rows
+// All is fetched for one use (the last argument of a prefetch, 0): a token reads a weight once. What is fetched so has
+// little room in the cache, which is why scattered rows are not fetched further ahead.
+constexpr int64_t kAhead = 1280;        // bytes, within scattered rows
 constexpr int64_t kStreamAhead = 8192;  // where rows follow one another
 
 // The rows of one step, and what to fetch meanwhile: of scattered rows the bytes kAhead further on, and at their end
@@ -41,7 +43,7 @@ INLINE void Walk(const Cursor<kRows>& at, int64_t row_bytes, Sum& sum) {
     UNROLL
     for (int r = 0; r < kRows; ++r) {
       from[r] = at.rows[r] + offset;
-      if (kBytes == kCacheLine || offset % kCacheLine == 0) __builtin_prefetch(from[r] + kAhead, 0, 3);
+      if (kBytes == kCacheLine || offset % kCacheLine == 0) __builtin_prefetch(from[r] + kAhead, 0, 0);
     }
     sum.Take(from);
   }
@@ -51,7 +53,7 @@ INLINE void Walk(const Cursor<kRows>& at, int64_t row_bytes, Sum& sum) {
     for (int r = 0; r < kRows; ++r) {
       from[r] = at.rows[r] + offset;
       if (at.has_next && (kBytes == kCacheLine || offset % kCacheLine == 0)) {
-        __builtin_prefetch(at.next[r] + offset - at.turn, 0, 3);
+        __builtin_prefetch(at.next[r] + offset - at.turn, 0, 0);
       }
     }
     sum.Take(from);
@@ -213,7 +215,7 @@ INLINE void WeightedTile(const uint8_t* row, int64_t rows, int64_t stride, int64
     UNROLL
     for (int g = 0; g < kRegisters; ++g) {
       if (ahead && (kBytes == kCacheLine || g * kBytes % kCacheLine == 0)) {
-        __builtin_prefetch(row + ahead + g * kBytes, 0, 3);
+        __builtin_prefetch(row + ahead + g * kBytes, 0, 0);
       }
       UNROLL
       for (int part = 0; part < kParts; ++part) {
