@@ -441,7 +441,7 @@ void Attend(const Context& context, const Attention& shape, const float* q, cons
     // A few slots of all heads at a time: the cache is read front to back, and during the last of them the `next` begins.
     const int64_t at_once = std::max(kSlotsAtOnce, kBlockBytes / slot_bytes);
     const auto for_blocks = [&](const void* cache, const void* next, auto body) {
-      const int64_t to_next = next ? reinterpret_cast<intptr_t>(next) - reinterpret_cast<intptr_t>(cache) : 0;
+      const int64_t to_next = reinterpret_cast<intptr_t>(next) - reinterpret_cast<intptr_t>(cache);
       for (int64_t i = 0; i < count; i += at_once) {
         const Rows rows{nullptr, first + i, std::min(at_once, count - i)};
         const int64_t ahead = i + at_once < count ? at_once * slot_bytes : next ? to_next - i * slot_bytes : 0;

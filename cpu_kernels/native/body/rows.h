@@ -112,44 +112,55 @@ struct DotSum {
   }
 };
 
-template <Type type, int kRows, int kNumX>
-KERNEL void TileInto(const Cursor<kRows>& at, const float* x, int64_t ldx, int64_t n, float* out, int64_t ldo) {
-  DotSum<type, kRows, kNumX> sum(x, ldx);
-  Walk(at, RowBytes(type, n), sum);
-  UNROLL
-  for (int m = 0; m < kNumX; ++m) {
-    float* to = out + m * ldo;
-    float sums[kRows];
-    sum.Finish(m, sums);
-    UNROLL
-    for (int r = 0; r < kRows; ++r) to[r] = sums[r] * at.scale[r];
+// Runs visit.Tile<count>(first) for num_x vectors in tiles of equal size, or nearly, and at most TILE.
+template <class Visit>
+INLINE void ForTiles(int64_t num_x, Visit& visit) {
+  const int64_t tiles = (num_x + TILE - 1) / TILE;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = num_x * tile / tiles;
+    switch (num_x * (tile + 1) / tiles - first) {
+      case 1: visit.template Tile<1>(first); break;
+      case 2: visit.template Tile<2>(first); break;
+      case 3: visit.template Tile<3>(first); break;
+#if TILE == 6
+      case 4: visit.template Tile<4>(first); break;
+      case 5: visit.template Tile<5>(first); break;
+      case 6: visit.template Tile<6>(first); break;
+#endif
+    }
   }
 }
 
-// kRows rows times every vector, at most TILE at a time.
+// kRows rows times vectors.
 template <Type type, int kRows>
-KERNEL void TileAll(Cursor<kRows> at, const float* x, int64_t ldx, int64_t num_x, int64_t n, float* out,
-                    int64_t ldo) {
-  const int64_t tiles = (num_x + TILE - 1) / TILE;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t m = num_x * tile / tiles;
-    const float* from = x + m * ldx;
-    float* to = out + m * ldo;
-    switch (num_x * (tile + 1) / tiles - m) {
-#define CASE(k) \
-  case k: TileInto<type, kRows, k>(at, from, ldx, n, to, ldo); break
-      CASE(1);
-      CASE(2);
-      CASE(3);
-#if TILE == 6
-      CASE(4);
-      CASE(5);
-      CASE(6);
-#endif
-#undef CASE
+struct DotRows {
+  Cursor<kRows> at;
+  const float* x;
+  int64_t ldx, n;
+  float* out;
+  int64_t ldo;
+
+  template <int kNumX>
+  INLINE void Tile(int64_t first) {
+    DotSum<type, kRows, kNumX> sum(x + first * ldx, ldx);
+    Walk(at, RowBytes(type, n), sum);
+    UNROLL
+    for (int m = 0; m < kNumX; ++m) {
+      float* to = out + (first + m) * ldo;
+      float sums[kRows];
+      sum.Finish(m, sums);
+      UNROLL
+      for (int r = 0; r < kRows; ++r) to[r] = sums[r] * at.scale[r];
     }
     at.has_next = false;  // fetched already
   }
+};
+
+template <Type type, int kRows>
+INLINE void DotTiles(const Matrix& w, const Rows& list, int64_t i, const float* x, int64_t ldx, int64_t num_x, float* out,
+                     int64_t ldo) {
+  DotRows<type, kRows> rows{Cursor<kRows>(w, list, i, RowBytes(type, w.cols)), x, ldx, w.cols, out + i, ldo};
+  ForTiles(num_x, rows);
 }
 
 template <Type type>
@@ -158,9 +169,9 @@ KERNEL void Dots(const Matrix& w, Rows list, const float* x, int64_t ldx, int64_
   // One row after another is one sequential stream, which memory likes best; scattered rows want several under way.
   const bool stream = !list.list && !w.ahead && num_x == 1;
   for (; !stream && i + kRowsAtOnce <= list.count; i += kRowsAtOnce) {
-    TileAll<type, kRowsAtOnce>(Cursor<kRowsAtOnce>(w, list, i, RowBytes(type, w.cols)), x, ldx, num_x, w.cols, out + i, ldo);
+    DotTiles<type, kRowsAtOnce>(w, list, i, x, ldx, num_x, out, ldo);
   }
-  for (; i < list.count; ++i) TileAll<type, 1>(Cursor<1>(w, list, i, RowBytes(type, w.cols)), x, ldx, num_x, w.cols, out + i, ldo);
+  for (; i < list.count; ++i) DotTiles<type, 1>(w, list, i, x, ldx, num_x, out, ldo);
 }
 
 // Adds kRows rows, each times its coefficient, to a vector in the rows' arrangement.
@@ -197,40 +208,55 @@ KERNEL void Accumulate(const Matrix& w, Rows list, const float* coefficients, fl
   for (; i < list.count; ++i) AddRows<type, 1>(w, list, i, coefficients, sum);
 }
 
-// sums[x] += sum over rows of p[x][row] * row, for kNumX vectors of coefficients and kRegisters registers of the rows.
-template <Type type, int kNumX, int kRegisters>
-INLINE void WeightedTile(const uint8_t* row, int64_t rows, int64_t stride, int64_t ahead, const float* p, int64_t ldp,
-                         float* sums, int64_t lds) {
-  constexpr int kParts = Packed<type>::kParts;
-  vf total[kNumX][kRegisters * kParts];
-  UNROLL
-  for (int m = 0; m < kNumX; ++m) {
+// sums[x] += sum over rows of p[x][row] * row, for kRegisters registers of the rows.
+template <Type type, int kRegisters>
+struct WeightedColumns {
+  static constexpr int kParts = Packed<type>::kParts;
+
+  const Matrix& w;
+  const Rows& list;
+  int64_t at;  // bytes before them in a row
+  const float* p;
+  int64_t ldp;
+  float* sums;
+  int64_t lds;
+
+  template <int kNumX>
+  INLINE void Tile(int64_t first) {
+    const int64_t ahead = first ? 0 : w.ahead, rows = list.count;  // fetched once
+    const uint8_t* row = w.Row(list.first) + at;
+    const float* from = p + first * ldp;
+    float* to = sums + first * lds + at / kBytes * kGroup<type>;
+    vf total[kNumX][kRegisters * kParts];
     UNROLL
-    for (int v = 0; v < kRegisters * kParts; ++v) total[m][v] = Load<vf>(sums + m * lds + v * kLanes);
-  }
-  for (int64_t i = 0; i < rows; ++i, row += stride) {
-    vf weight[kNumX];
-    UNROLL
-    for (int m = 0; m < kNumX; ++m) weight[m] = Splat(p[m * ldp + i]);
-    UNROLL
-    for (int g = 0; g < kRegisters; ++g) {
-      if (ahead && (kBytes == kCacheLine || g * kBytes % kCacheLine == 0)) {
-        __builtin_prefetch(row + ahead + g * kBytes, 0, 0);
-      }
+    for (int m = 0; m < kNumX; ++m) {
       UNROLL
-      for (int part = 0; part < kParts; ++part) {
-        const vf value = Packed<type>::Part(row + g * kBytes, part);
+      for (int v = 0; v < kRegisters * kParts; ++v) total[m][v] = Load<vf>(to + m * lds + v * kLanes);
+    }
+    for (int64_t i = 0; i < rows; ++i, row += w.stride) {
+      vf weight[kNumX];
+      UNROLL
+      for (int m = 0; m < kNumX; ++m) weight[m] = Splat(from[m * ldp + i]);
+      UNROLL
+      for (int g = 0; g < kRegisters; ++g) {
+        if (ahead && (kBytes == kCacheLine || g * kBytes % kCacheLine == 0)) {
+          __builtin_prefetch(row + ahead + g * kBytes, 0, 0);
+        }
         UNROLL
-        for (int m = 0; m < kNumX; ++m) total[m][g * kParts + part] += weight[m] * value;
+        for (int part = 0; part < kParts; ++part) {
+          const vf value = Packed<type>::Part(row + g * kBytes, part);
+          UNROLL
+          for (int m = 0; m < kNumX; ++m) total[m][g * kParts + part] += weight[m] * value;
+        }
       }
     }
-  }
-  UNROLL
-  for (int m = 0; m < kNumX; ++m) {
     UNROLL
-    for (int v = 0; v < kRegisters * kParts; ++v) Store(sums + m * lds + v * kLanes, total[m][v]);
+    for (int m = 0; m < kNumX; ++m) {
+      UNROLL
+      for (int v = 0; v < kRegisters * kParts; ++v) Store(to + m * lds + v * kLanes, total[m][v]);
+    }
   }
-}
+};
 
 template <Type type>
 KERNEL void Weighted(const Matrix& w, Rows list, const float* p, int64_t ldp, int64_t num_x, float* sums,
@@ -241,27 +267,8 @@ KERNEL void Weighted(const Matrix& w, Rows list, const float* p, int64_t ldp, in
     for (int64_t m = 0; m < num_x; ++m) Accumulate<type>(w, list, p + m * ldp, sums + m * lds);
     return;
   }
-  const int64_t tiles = (num_x + TILE - 1) / TILE;
   for (int64_t at = 0; at < row_bytes; at += block) {
-    const uint8_t* row = w.Row(list.first) + at;
-    float* to = sums + at / kBytes * kGroup<type>;
-    for (int64_t tile = 0; tile < tiles; ++tile) {  // of equal size, or nearly
-      const int64_t m = num_x * tile / tiles, ahead = m ? 0 : w.ahead;
-      const float* from = p + m * ldp;
-      float* sum = to + m * lds;
-      switch (num_x * (tile + 1) / tiles - m) {
-#define CASE(n) \
-  case n: WeightedTile<type, n, kRegisters>(row, list.count, w.stride, ahead, from, ldp, sum, lds); break
-        CASE(1);
-        CASE(2);
-        CASE(3);
-#if TILE == 6
-        CASE(4);
-        CASE(5);
-        CASE(6);
-#endif
-#undef CASE
-      }
-    }
+    WeightedColumns<type, kRegisters> columns{w, list, at, p, ldp, sums, lds};
+    ForTiles(num_x, columns);
   }
 }

@@ -144,8 +144,8 @@ struct LowBit {
       memcpy(rest, x + whole, (n - whole) * sizeof(float));
       QuantizeGroup(rest, step, features + whole);
     }
-    memset(features + Registers(n) * kIntegerGroup<type>, 0, (Registers(n) / kFlush + 1) * kShorts * sizeof(int16_t));
     int16_t* begin = features + Registers(n) * kIntegerGroup<type>;
+    memset(begin, 0, (Registers(n) / kFlush + 1) * kShorts * sizeof(int16_t));
     vi offset = {};
     for (int64_t group = 0; group < Registers(n); ++group) {
       UNROLL
