@@ -121,7 +121,7 @@ struct LowBit {
     UNROLL
     for (int part = 0; part < kParts; ++part) {  // element l * kParts + part; pairs of neighbours share 32 bits
       const vu even = Rounded(v[part], step), odd = Rounded(v[part + kParts], step);
-      Store(features + part * kShorts, even & 0xffffu | odd << 16);
+      Store(features + part * kShorts, (even & 0xffffu) | odd << 16);
     }
   }
 
