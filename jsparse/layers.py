@@ -1,7 +1,7 @@
 """The decoder's building blocks as Flax Linen modules: norm, rotary attention, residual block."""
 
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,23 @@ class FeedForward(Protocol):
     """
 
     def __call__(self, layer: int, x: Float[Array, "B T D"], ffn: FFNWeights) -> tuple[Float[Array, "B T D"], Any]: ...
+
+
+class Positions(NamedTuple):
+    """Where tokens stand, with the cosines and signed sines of their rotary angles: computed once for all layers."""
+
+    index: Int[Array, "b T"]
+    cos: Float[Array, "b T 1 H"]
+    sin: Float[Array, "b T 1 H"]
+
+    @classmethod
+    def of(cls, index: Int[Array, "b T"], config: ModelConfig) -> "Positions":
+        angles = index[..., None, None].astype(jnp.float32) * jnp.asarray(rope_frequencies(config))
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        # Written to an array, or XLA computes them again for every element of every head in every layer.
+        table = jnp.zeros((2, *index.shape, 1, config.head_dim))
+        table = table.at[0].set(jnp.concatenate([cos, cos], axis=-1))
+        return cls(index, *table.at[1].set(jnp.concatenate([-sin, sin], axis=-1)))
 
 
 def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
@@ -56,7 +73,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "b T"], cache: KVCache | None
+        self, x: Float[Array, "B T D"], positions: Positions, cache: KVCache | None
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Without a cache attends within x and returns its keys and values; with one, T is 1 and the cache grows."""
         c = self.config
@@ -69,11 +86,11 @@ class Attention(nn.Module):
             biases = [parameter(self, f"{name}_bias", nn.initializers.zeros, (size,)) for name, size in sizes.items()]
             projected = [y + bias for y, bias in zip(projected, biases)]
         q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in projected)
-        q, k = rotate(q, positions, c), rotate(k, positions, c)
+        q, k = rotate(q, positions), rotate(k, positions)
         if cache is None:
             out, cache = causal_attention(q, k, v, c.sliding_window), (k, v)
         else:
-            now = (q[:, 0], k[:, 0], v[:, 0], positions[:, 0])
+            now = (q[:, 0], k[:, 0], v[:, 0], positions.index[:, 0])
             out, cache = self.executor.attend(*now, cache, c.sliding_window)
         weight = parameter(self, "o_proj", _init, (c.hidden_size, c.num_heads * c.head_dim))
         return self.executor.linear(out.reshape(*x.shape[:2], -1), weight), cache
@@ -90,7 +107,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "b T"],
+        positions: Positions,
         feed_forward: FeedForward,
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache, Any]:
@@ -110,14 +127,9 @@ def _init_ffn(key: Array, shape: tuple[int, int]) -> FFNWeights:
     return FFNWeights(_init(gate, shape), _init(up, shape), fan_out(down, shape))
 
 
-def rotate(x: Float[Array, "B T n H"], positions: Int[Array, "b T"], config: ModelConfig) -> Float[Array, "B T n H"]:
+def rotate(x: Float[Array, "B T n H"], positions: Positions) -> Float[Array, "B T n H"]:
     """Rotary position embedding in the half-split layout of the Llama checkpoints."""
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope_frequencies(config))
-    cos, sin = (f(angles)[:, :, None, None] for f in (jnp.cos, jnp.sin))
-    # Halves change places by an index: XLA makes one loop of that, where a split and a concatenation are copies.
-    halves = x.reshape(*x.shape[:-1], 2, -1)
-    signs = jnp.array([-1.0, 1.0])[:, None]
-    return (halves * cos + signs * sin * halves[..., ::-1, :]).reshape(x.shape)
+    return x * positions.cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * positions.sin
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
