@@ -20,7 +20,7 @@ from jsparse.calibration_state import CalibrationState
 from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
 from jsparse.ffn import FFNSpec, reference
-from jsparse.layers import Block, Positions
+from jsparse.layers import Block, Rotation
 from jsparse.params import FFNWeights, Params, Predictor
 from jsparse.predictor import fit_low_bit
 from jsparse.quantization import Matrix, dequantize, take_rows
@@ -192,8 +192,8 @@ def _block_step(block, hidden, config):
     def feed_forward(_, x, ffn):
         return reference.dense_ffn(x, ffn, FFNSpec.of(config)), x
 
-    positions = Positions.of(jnp.arange(hidden.shape[1])[None], config)
-    out, _, inputs = Block(config, reference, 0).apply({"params": block}, hidden, positions, feed_forward)
+    rotation = Rotation.of(jnp.arange(hidden.shape[1])[None], config)
+    out, _, inputs = Block(config, reference, 0).apply({"params": block}, hidden, rotation, feed_forward)
     return out, inputs
 
 

@@ -11,7 +11,7 @@ from jsparse.attention import KVCache
 from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
 from jsparse.ffn import reference
-from jsparse.layers import Block, FeedForward, Positions, RMSNorm, parameter
+from jsparse.layers import Block, FeedForward, RMSNorm, Rotation, parameter
 from jsparse.quantization import Matrix, QuantizedRows
 from jsparse.typing import Array, Float, Int
 
@@ -49,11 +49,11 @@ class Decoder(nn.Module):
         c = self.config
         embed = parameter(self, "embed", _init_embed, (c.vocab_size, c.hidden_size))
         x = c.embed_scale * self.executor.take_rows(embed, tokens.reshape(-1)).reshape(*tokens.shape, c.hidden_size)
-        where = Positions.of(positions, c)
+        rotation = Rotation.of(positions, c)
         new_caches, extras = [], []
         for layer in range(c.num_layers):
             block = Block(c, self.executor, layer, name=f"layers_{layer}")
-            x, cache, extra = block(x, where, feed_forward, caches[layer] if caches is not None else None)
+            x, cache, extra = block(x, rotation, feed_forward, caches[layer] if caches is not None else None)
             new_caches.append(cache)
             extras.append(extra)
         if last is not None:

@@ -26,21 +26,21 @@ class FeedForward(Protocol):
     def __call__(self, layer: int, x: Float[Array, "B T D"], ffn: FFNWeights) -> tuple[Float[Array, "B T D"], Any]: ...
 
 
-class Positions(NamedTuple):
-    """Where tokens stand, with the cosines and signed sines of their rotary angles: computed once for all layers."""
+class Rotation(NamedTuple):
+    """The rotary embedding at some positions: cosines and signed sines, computed once for all layers."""
 
-    index: Int[Array, "b T"]
+    positions: Int[Array, "b T"]
     cos: Float[Array, "b T 1 H"]
-    sin: Float[Array, "b T 1 H"]
+    signed_sin: Float[Array, "b T 1 H"]
 
     @classmethod
-    def of(cls, index: Int[Array, "b T"], config: ModelConfig) -> "Positions":
-        angles = index[..., None, None].astype(jnp.float32) * jnp.asarray(rope_frequencies(config))
+    def of(cls, positions: Int[Array, "b T"], config: ModelConfig) -> "Rotation":
+        angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(rope_frequencies(config))
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         # Written to an array, or XLA computes them again for every element of every head in every layer.
-        table = jnp.zeros((2, *index.shape, 1, config.head_dim))
+        table = jnp.zeros((2, *positions.shape, 1, config.head_dim), jnp.float32)
         table = table.at[0].set(jnp.concatenate([cos, cos], axis=-1))
-        return cls(index, *table.at[1].set(jnp.concatenate([-sin, sin], axis=-1)))
+        return cls(positions, *table.at[1].set(jnp.concatenate([-sin, sin], axis=-1)))
 
 
 def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Positions, cache: KVCache | None
+        self, x: Float[Array, "B T D"], rotation: Rotation, cache: KVCache | None
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Without a cache attends within x and returns its keys and values; with one, T is 1 and the cache grows."""
         c = self.config
@@ -86,11 +86,11 @@ class Attention(nn.Module):
             biases = [parameter(self, f"{name}_bias", nn.initializers.zeros, (size,)) for name, size in sizes.items()]
             projected = [y + bias for y, bias in zip(projected, biases)]
         q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in projected)
-        q, k = rotate(q, positions), rotate(k, positions)
+        q, k = (rotate(y, rotation.cos, rotation.signed_sin) for y in (q, k))
         if cache is None:
             out, cache = causal_attention(q, k, v, c.sliding_window), (k, v)
         else:
-            now = (q[:, 0], k[:, 0], v[:, 0], positions.index[:, 0])
+            now = (q[:, 0], k[:, 0], v[:, 0], rotation.positions[:, 0])
             out, cache = self.executor.attend(*now, cache, c.sliding_window)
         weight = parameter(self, "o_proj", _init, (c.hidden_size, c.num_heads * c.head_dim))
         return self.executor.linear(out.reshape(*x.shape[:2], -1), weight), cache
@@ -107,13 +107,13 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Positions,
+        rotation: Rotation,
         feed_forward: FeedForward,
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache, Any]:
         c = self.config
         normed = RMSNorm(c.hidden_size, c.norm_eps, name="input_norm")(x)
-        attended, cache = Attention(c, self.executor, name="attention")(normed, positions, cache)
+        attended, cache = Attention(c, self.executor, name="attention")(normed, rotation, cache)
         x = x + c.residual_scale * attended
         normed = RMSNorm(c.hidden_size, c.norm_eps, name="post_attention_norm")(x)
         ffn = parameter(self, "ffn", _init_ffn, (c.intermediate_size, c.hidden_size))
@@ -127,9 +127,11 @@ def _init_ffn(key: Array, shape: tuple[int, int]) -> FFNWeights:
     return FFNWeights(_init(gate, shape), _init(up, shape), fan_out(down, shape))
 
 
-def rotate(x: Float[Array, "B T n H"], positions: Positions) -> Float[Array, "B T n H"]:
+def rotate(
+    x: Float[Array, "B T n H"], cos: Float[Array, "b T 1 H"], signed_sin: Float[Array, "b T 1 H"]
+) -> Float[Array, "B T n H"]:
     """Rotary position embedding in the half-split layout of the Llama checkpoints."""
-    return x * positions.cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * positions.sin
+    return x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * signed_sin
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:

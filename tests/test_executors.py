@@ -167,7 +167,7 @@ def test_take_rows(executor, storage, width):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "slots", "window"),
-    [(4, 4, 64, 200, None), (6, 2, 128, 96, 96), (4, 2, 10, 70, 33), (7, 1, 32, 300, None)],
+    [(4, 4, 64, 200, None), (6, 2, 128, 96, 96), (4, 2, 10, 70, 33), (7, 1, 128, 300, None), (12, 2, 64, 70, None)],
 )
 def test_attend(executor, dtype, heads, kv_heads, head_dim, slots, window):
     """A token in an unfilled cache, and one in a ring buffer that has gone round."""

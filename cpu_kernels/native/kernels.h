@@ -1,8 +1,8 @@
 // The inner loops, one table of them per instruction set. Each runs on the calling thread alone.
 //
 // A vector that meets a matrix's rows is first *arranged* for the matrix's type: padded with zeros to whole groups of
-// lanes x parts elements, and permuted so that a register of packed elements can be widened part by part without
-// crossing lanes. What is accumulated from rows (the down projection) comes out in the same arrangement.
+// lanes x parts elements, and where shifts widen the packed elements permuted so that none crosses lanes. What is
+// accumulated from rows (the down projection) comes out in the same arrangement.
 #pragma once
 
 #include <cstdint>

@@ -10,10 +10,15 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "check.h"
 #include "ops.h"
@@ -169,9 +174,13 @@ std::vector<double> Product(const Stored& w, const std::vector<double>& x) {
 void ExpectClose(const std::vector<float>& found, const std::vector<double>& wanted, double tolerance,
                  const std::string& what) {
   double largest = 1, error = 0;
+  bool close = true;
   for (double value : wanted) largest = std::fmax(largest, std::fabs(value));
-  for (size_t i = 0; i < wanted.size(); ++i) error = std::fmax(error, std::fabs(found[i] - wanted[i]));
-  Expect(error <= tolerance * largest, what + ": error " + std::to_string(error / largest));  // NaN fails
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    error = std::fmax(error, std::fabs(found[i] - wanted[i]));  // which leaves out NaN
+    close = close && std::fabs(found[i] - wanted[i]) <= tolerance * largest;
+  }
+  Expect(close, what + ": error " + std::to_string(error / largest));
 }
 
 struct Case {
@@ -203,10 +212,40 @@ void TestTakeRows(const Case& c) {
   }
 }
 
+// Every float16, by a thread that flushes subnormal numbers to zero and by one that does not.
+void TestFloat16(const Case& c) {
+  constexpr int64_t rows = 64, cols = 1024;
+  std::vector<uint16_t> bits(rows * cols);
+  std::iota(bits.begin(), bits.end(), 0);
+  std::vector<int32_t> indices(rows);
+  std::iota(indices.begin(), indices.end(), 0);
+  const Matrix w{Type::kF16, reinterpret_cast<const uint8_t*>(bits.data()), nullptr, rows, cols, 2 * cols, 0};
+  for (bool flush : {false, true}) {
+    std::vector<float> out(rows * cols);
+#if defined(__x86_64__)
+    const unsigned before = _mm_getcsr();
+    if (flush) _mm_setcsr(before | 0x8040);
+#endif
+    TakeRows({c.kernels, Pool()}, w, indices.data(), rows, out.data());  // on this thread
+#if defined(__x86_64__)
+    _mm_setcsr(before);
+#endif
+    int64_t wrong = 0;
+    for (size_t i = 0; i < bits.size(); ++i) {
+      const int exponent = bits[i] >> 10 & 31, mantissa = bits[i] & 1023;
+      double wanted = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+      if (exponent == 31) wanted = mantissa ? NAN : INFINITY;
+      if (bits[i] >> 15) wanted = -wanted;
+      wrong += std::isnan(wanted) ? !std::isnan(out[i]) : out[i] != wanted;
+    }
+    Expect(wrong == 0, c.name + ": " + std::to_string(wrong) + " float16 numbers are wrong" + (flush ? ", flushed" : ""));
+  }
+}
+
 void TestLinear(const Case& c) {
   for (Type type : kTypes) {
     for (int64_t cols : {1, 31, 128, 517}) {
-      for (int64_t num_x : {1, 3, 8, 9, 37}) {
+      for (int64_t num_x : {1, 2, 3, 5, 6, 8, 9, 37}) {
         const Stored first = c.random.Make(type, 103, cols), second = c.random.Make(type, 5, cols);
         const std::vector<float> x = c.random.Vector(num_x * cols);
         std::vector<float> a(num_x * 103), b(num_x * 5);
@@ -304,7 +343,8 @@ void TestFfn(const Case& c) {
 void TestAttend(const Case& c) {
   const struct {
     int64_t heads, kv_heads, head_dim, slots, window;
-  } shapes[] = {{4, 4, 64, 200, 1 << 20}, {6, 2, 128, 96, 96}, {4, 2, 10, 70, 33}, {7, 1, 32, 65, 65}};
+  } shapes[] = {{4, 4, 64, 200, 1 << 20}, {6, 2, 128, 96, 96}, {4, 2, 10, 70, 33},
+                {7, 1, 128, 65, 65}, {10, 2, 64, 65, 65}, {6, 1, 64, 65, 65}};
   for (Type type : {Type::kF32, Type::kBF16, Type::kF16}) {
     for (const auto& s : shapes) {
       const int64_t batch = 2, row = s.kv_heads * s.head_dim;
@@ -412,6 +452,7 @@ int main() {
     Threads threads(2);
     const Case c{**kernels, threads, random, (*kernels)->name};
     TestTakeRows(c);
+    TestFloat16(c);
     TestLinear(c);
     TestFfn(c);
     TestAttend(c);

@@ -112,6 +112,8 @@ struct DotSum {
   }
 };
 
+static_assert(TILE == 3 || TILE == 6, "ForTiles has these cases");
+
 // Runs visit.Tile<count>(first) for num_x vectors in tiles of equal size, or nearly, and at most TILE.
 template <class Visit>
 INLINE void ForTiles(int64_t num_x, Visit& visit) {
@@ -135,15 +137,16 @@ INLINE void ForTiles(int64_t num_x, Visit& visit) {
 template <Type type, int kRows>
 struct DotRows {
   Cursor<kRows> at;
+  int64_t row_bytes;
   const float* x;
-  int64_t ldx, n;
+  int64_t ldx;
   float* out;
   int64_t ldo;
 
   template <int kNumX>
   INLINE void Tile(int64_t first) {
     DotSum<type, kRows, kNumX> sum(x + first * ldx, ldx);
-    Walk(at, RowBytes(type, n), sum);
+    Walk(at, row_bytes, sum);
     UNROLL
     for (int m = 0; m < kNumX; ++m) {
       float* to = out + (first + m) * ldo;
@@ -157,9 +160,10 @@ struct DotRows {
 };
 
 template <Type type, int kRows>
-INLINE void DotTiles(const Matrix& w, const Rows& list, int64_t i, const float* x, int64_t ldx, int64_t num_x, float* out,
-                     int64_t ldo) {
-  DotRows<type, kRows> rows{Cursor<kRows>(w, list, i, RowBytes(type, w.cols)), x, ldx, w.cols, out + i, ldo};
+INLINE void DotTiles(const Matrix& w, const Rows& list, int64_t i, const float* x, int64_t ldx, int64_t num_x,
+                     float* out, int64_t ldo) {
+  const int64_t row_bytes = RowBytes(type, w.cols);
+  DotRows<type, kRows> rows{Cursor<kRows>(w, list, i, row_bytes), row_bytes, x, ldx, out + i, ldo};
   ForTiles(num_x, rows);
 }
 
@@ -223,7 +227,7 @@ struct WeightedColumns {
 
   template <int kNumX>
   INLINE void Tile(int64_t first) {
-    const int64_t ahead = first ? 0 : w.ahead, rows = list.count;  // fetched once
+    const int64_t ahead = first ? 0 : w.ahead;  // fetched once
     const uint8_t* row = w.Row(list.first) + at;
     const float* from = p + first * ldp;
     float* to = sums + first * lds + at / kBytes * kGroup<type>;
@@ -233,7 +237,7 @@ struct WeightedColumns {
       UNROLL
       for (int v = 0; v < kRegisters * kParts; ++v) total[m][v] = Load<vf>(to + m * lds + v * kLanes);
     }
-    for (int64_t i = 0; i < rows; ++i, row += w.stride) {
+    for (int64_t i = 0; i < list.count; ++i, row += w.stride) {
       vf weight[kNumX];
       UNROLL
       for (int m = 0; m < kNumX; ++m) weight[m] = Splat(from[m * ldp + i]);

@@ -171,8 +171,9 @@ INLINE void Interleave(vf (&v)[kCount]) {
   }
 }
 
-// ---- Element types. A register's worth of packed elements has kParts parts of kLanes elements, each widened without
-// crossing lanes: element l * kParts + p of an interleaved type is lane l of part p, of another p * kLanes + l.
+// ---- Element types. A register's worth of packed elements has kParts parts of kLanes elements. Shifts widen within lanes:
+// lane l of part p is element l * kParts + p of such an interleaved type. An instruction widens in order: it is element
+// p * kLanes + l.
 
 template <Type type>
 struct Packed;
@@ -200,7 +201,7 @@ struct Packed<Type::kF16> {
 #if LANES == 16  // an instruction, where shifts and masks leave a fast memory waiting
   static constexpr bool kInterleaved = false;
   INLINE static vf Part(const uint8_t* from, int part) {
-    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from + part));
+    return (vf)_mm512_cvtph_ps(Load<__m256i>(from + part * (kBytes / 2)));
   }
 #else
   static constexpr bool kInterleaved = true;
