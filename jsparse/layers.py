@@ -131,7 +131,9 @@ def rotate(
     x: Float[Array, "B T n H"], cos: Float[Array, "b T 1 H"], signed_sin: Float[Array, "b T 1 H"]
 ) -> Float[Array, "B T n H"]:
     """Rotary position embedding in the half-split layout of the Llama checkpoints."""
-    return x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * signed_sin
+    # Halves change places by an index, which XLA for GPUs makes part of the product; a roll is a kernel of its own.
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    return x * cos + halves[..., ::-1, :].reshape(x.shape) * signed_sin
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
