@@ -49,6 +49,8 @@ def _missing_device() -> str | None:
 
 def _keep_compiled_programs() -> None:
     """Compile a model's decode step once, not at every command. JAX_COMPILATION_CACHE_DIR names another place."""
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if jax.config.jax_compilation_cache_dir is not None:
         return
     try:
@@ -58,7 +60,6 @@ def _keep_compiled_programs() -> None:
     except (OSError, RuntimeError):
         return  # a home that cannot be written costs the time to compile
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _fail(message: str, code: int) -> int:

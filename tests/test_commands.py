@@ -5,22 +5,25 @@ import re
 import subprocess
 import sys
 
+import pytest
 
-def generate(cache, *options: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+
+def generate(cache, *options: str, variable: str = "XDG_CACHE_HOME") -> subprocess.CompletedProcess:
+    environment = {**os.environ, variable: str(cache)}
     command = [sys.executable, "-m", "jsparse", "generate", "default", ">>> 37 + 58 - 12\n", "--max-new-tokens", "30"]
     return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=True)
 
 
-def test_generate_keeps_what_it_compiled(tmp_path):
-    first = generate(tmp_path)
-    kept = {path.name for path in (tmp_path / "jsparse").glob("*-cache")}
-    again = generate(tmp_path)
+@pytest.mark.parametrize(("variable", "folder"), [("XDG_CACHE_HOME", "jsparse"), ("JAX_COMPILATION_CACHE_DIR", ".")])
+def test_generate_keeps_what_it_compiled(variable, folder, tmp_path):
+    first = generate(tmp_path, variable=variable)
+    kept = {path.name for path in (tmp_path / folder).glob("*-cache")}
+    again = generate(tmp_path, variable=variable)
     assert first.stdout == again.stdout
     assert first.stdout.startswith("37 + 58 = 95\n95 - 12 = 83\nanswer 83\n")
     assert re.search(r"\[29 tokens decoded, [\d.]+ tokens/s", again.stderr)
     assert any("decode_chunk" in name for name in kept)
-    assert {path.name for path in (tmp_path / "jsparse").glob("*-cache")} == kept
+    assert {path.name for path in (tmp_path / folder).glob("*-cache")} == kept
 
 
 def test_a_platform_that_is_not_there():
