@@ -1,0 +1,104 @@
+"""Files and directories: written as a whole or not at all, and read with a sentence where they cannot be."""
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from jsparse.errors import JsparseError
+
+_POINTER = b"version https://git-lfs"
+_PATTERN = re.compile(r"[][*?{}\\]")
+
+
+@contextlib.contextmanager
+def replacing_directory(directory: str | Path) -> Iterator[Path]:
+    """A temporary directory beside `directory` that takes its name when the block ends, or is removed if it fails.
+
+    What has that name, or what a symbolic link of that name leads to, is removed only then. Files get the permissions
+    that the umask leaves, whatever wrote them.
+
+    Raises:
+      JsparseError: an OSError, in the block too.
+    """
+    directory = Path(os.path.realpath(directory))
+    partial = directory.with_name(f".jsparse-{uuid.uuid4().hex[:16]}")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    except OSError as error:
+        raise JsparseError(f"{directory}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield partial
+        _set_modes(partial)
+        _swap(partial, directory)
+    except OSError as error:
+        raise JsparseError(f"{directory}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _set_modes(directory: Path) -> None:
+    """Give all that is below the permissions that the directory has by the umask."""
+    mode = directory.stat().st_mode & 0o777
+    for path in directory.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
+
+
+def _swap(new: Path, directory: Path) -> None:
+    """Give `new` the name of `directory`; what was there is removed afterwards, or put back if that fails."""
+    if not directory.exists():
+        new.rename(directory)
+        return
+    old = new.with_name(f"{new.name}.old")
+    directory.rename(old)
+    try:
+        new.rename(directory)
+    except BaseException:
+        old.rename(directory)
+        raise
+    shutil.rmtree(old)
+
+
+def read_path(value: object, option: str = "the directory") -> Path:
+    """A path as users give it: a string or a `Path`, with ~ for the home directory.
+
+    Raises:
+      JsparseError: it is of another type, or no path.
+    """
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise JsparseError(f"{option} is {value!r}; it must be a path: a string or a pathlib.Path")
+    if not os.fspath(value) or "\0" in os.fspath(value):
+        raise JsparseError(f"{option} is {os.fspath(value)!r}, which is no path")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise JsparseError(f"{value}: {error}") from None
+
+
+@contextlib.contextmanager
+def plain_path(directory: Path) -> Iterator[Path]:
+    """A path of the directory that no library takes for a pattern: itself, or a temporary symbolic link to it."""
+    directory = Path(os.path.abspath(directory))
+    if not _PATTERN.search(str(directory)):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="jsparse-") as folder:
+        link = Path(folder) / "directory"
+        link.symlink_to(directory, target_is_directory=True)
+        yield link
+
+
+def check_readable(path: Path) -> None:
+    """Raise JsparseError if a file cannot be read, or is what git-lfs leaves in place of one that it did not fetch."""
+    try:
+        with open(path, "rb") as file:
+            is_pointer = file.read(len(_POINTER)) == _POINTER
+    except OSError as error:
+        raise JsparseError(f"{path} cannot be read: {error.strerror}") from None
+    if is_pointer:
+        raise JsparseError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository")
