@@ -35,7 +35,7 @@ def unavailable() -> str | None:
         return None
     for name in ("torch_npu", "torch"):
         if importlib.util.find_spec(name) is None:
-            return f"{name} is not installed: pip install 'jsparse[cann]'"
+            return f"{name} is not installed: pip install torch_npu==2.13.0"
     torch = import_torch()
     try:
         importlib.import_module("torch_npu")

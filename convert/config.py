@@ -8,6 +8,7 @@ from the weights.
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "minicpm": "MiniCPMForCausalLM",
 }
+_OWNERS = "|".join({re.escape(name.lower().partition("/")[0]) for name in PRESETS})
+_REPOSITORY = re.compile(rf"^(.*/|models--[^/]*?--|({_OWNERS})_{{1,2}})")
+"""What stands before a repository's own name in a path's last part."""
 _ACTIVATIONS: dict[str, FFNKind] = {"relu": "reglu", "fatrelu": "fatrelu", "silu": "swiglu", "swish": "swiglu"}
 
 
@@ -88,14 +92,19 @@ def read_config(directory: Path, ffn: FFNKind | None = None) -> Reading:
         "num_kv_heads": fields.number("num_key_value_heads", int, optional=True),
         "vocab_size": fields.number("vocab_size", int),
         "head_dim": fields.number("head_dim", int, optional=True) or 0,
-        "context_length": fields.number("max_position_embeddings", int),
+        "context_length": _context_length(fields, scaling),
         "norm_eps": fields.number("rms_norm_eps", float),
-        "sliding_window": _sliding_window(fields, model_type),
+        "sliding_window": None,  # below, where the number of layers is known
         "tie_embeddings": bool(fields.raw.get("tie_word_embeddings", False)),
         "bos_token_id": next(iter(fields.token_ids("bos_token_id", tokens)), None),
         "eos_token_ids": fields.token_ids("eos_token_id", tokens),
     }
     architecture["num_kv_heads"] = architecture["num_kv_heads"] or architecture["num_heads"]
+    architecture["sliding_window"] = _sliding_window(fields, model_type, architecture["num_layers"])
+    within = range(architecture["vocab_size"])  # -1 and the like stand for no token
+    architecture["eos_token_ids"] = tuple(token for token in architecture["eos_token_ids"] if token in within)
+    if architecture["bos_token_id"] not in within:
+        architecture["bos_token_id"] = None
     if model_type == "minicpm":
         architecture |= _minicpm_scales(fields, architecture)
     heads, width = architecture["num_heads"], architecture["hidden_size"]
@@ -134,11 +143,12 @@ def _model_type(path: Path, raw: dict) -> str:
 
 def _repository(directory: Path, raw: dict) -> str | None:
     """The known repository a checkpoint came from, by `_name_or_path`, directory name or Hugging Face cache folder."""
-    directory = directory.absolute()
-    cached = [folder.name.replace("--", "/") for folder in directory.parents if folder.name.startswith("models--")]
-    names = [str(raw.get("_name_or_path") or "").rstrip("/"), directory.name, *cached]
-    short = {name.lower().rpartition("/")[2] for name in names}
-    return next((name for name in PRESETS if name.lower().rpartition("/")[2] in short), None)
+    places = (directory.absolute(), directory.resolve(), (directory / "config.json").resolve().parent)
+    names = [str(raw.get("_name_or_path") or "").rstrip("/"), *(place.name for place in places)]
+    names += [folder.name for place in places for folder in place.parents if folder.name.startswith("models--")]
+    # Tools write owner/name as models--owner--name, owner__name and owner_name.
+    said = {_REPOSITORY.sub("", name.lower()) for name in names}
+    return next((name for name in PRESETS if name.lower().rpartition("/")[2] in said), None)
 
 
 def _choose_ffn(
@@ -222,27 +232,46 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     return theta, None
 
 
-def _sliding_window(fields: Fields, model_type: str) -> int | None:
-    if model_type not in ("mistral", "bamboo", "qwen2"):
-        return None
-    window = fields.number("sliding_window", int, optional=True)
-    if model_type == "qwen2":
-        if not fields.raw.get("use_sliding_window"):
-            return None
-        layers = fields.raw.get("num_hidden_layers")
-        first = fields.raw["max_window_layers"]
-        types = fields.raw.get("layer_types")
-        if types is None and isinstance(layers, int) and isinstance(first, int):
-            types = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-        kinds = set(map(str, types)) if isinstance(types, list) else set()
-        if kinds == {"full_attention"}:
-            return None
-        if kinds != {"sliding_attention"}:
-            fields.problems.append(
-                "a sliding window on some layers only (max_window_layers, layer_types) is not implemented"
-            )
+def _context_length(fields: Fields, scaling: RopeScaling | None) -> int:
+    """Positions that the model was trained for. A linear scaling extends the length that is given, unless the original
+    length stands beside it: vicuna-7b-v1.5-16k says 4096 and a factor of 4."""
+    length = fields.number("max_position_embeddings", int)
+    rope = fields.mapping("rope_parameters") | fields.mapping("rope_scaling")
+    if scaling is None or scaling.kind != "linear" or rope.get("original_max_position_embeddings"):
+        return length
+    return max(length, round(length * scaling.factor))
+
+
+def _sliding_window(fields: Fields, model_type: str, layers: int) -> int | None:
+    """The window of all layers, None where they see all; what differs by layer is a problem."""
+    window = None
+    if model_type in ("mistral", "bamboo", "qwen2"):
+        window = fields.number("sliding_window", int, optional=True)
     if window is not None and window < 1:
         fields.problems.append(f"sliding_window is {window} and must be at least 1 or null")
+    for key in ("interleaved_sliding_window", "sliding_window_pattern", "no_rope_layers", "no_rope_layer_interval"):
+        if fields.raw.get(key):
+            fields.problems.append(f"{key} is set: attention that differs by layer is not implemented")
+    if model_type == "qwen2" and not fields.raw.get("use_sliding_window"):
+        window = None
+    types = fields.raw.get("layer_types")
+    if types is None and model_type == "qwen2":
+        first = fields.number("max_window_layers", int)
+        types = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+    if types is None:
+        return window
+    kinds = set(map(str, types)) if isinstance(types, list) and len(types) == layers else {"other"}
+    if not kinds <= {"sliding_attention", "full_attention"}:
+        fields.problems.append(f"layer_types is {types!r}, not sliding_attention or full_attention for each layer")
+        return window
+    if kinds == {"full_attention"} or (model_type == "qwen2" and window is None):
+        return None
+    if len(kinds) > 1:
+        fields.problems.append(
+            "a sliding window on some layers only (max_window_layers, layer_types) is not implemented"
+        )
+    elif window is None:
+        fields.problems.append(f"layer_types asks for a sliding window, which {model_type} has none of here")
     return window
 
 

@@ -63,14 +63,21 @@ def _spelled(config: ModelConfig, model_type: str, dtype: str) -> dict:
         else list(config.eos_token_ids) or None,
         "torch_dtype": dtype,
     }
-    if scaling is not None:
+    if scaling is not None and scaling.kind == "linear":
+        # Written as it is read: the length without the scaling, or, where that is no whole number, both lengths.
+        original = config.context_length / scaling.factor
+        content["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
+        if round(round(original) * scaling.factor) == config.context_length and scaling.factor > 1:
+            content["max_position_embeddings"] = round(original)
+        else:
+            content["rope_scaling"]["original_max_position_embeddings"] = max(1, round(original))
+    elif scaling is not None:
         content["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
-            content["rope_scaling"] |= {
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_context_length,
-            }
+        content["rope_scaling"] |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context_length,
+        }
     if config.ffn_kind == "fatrelu":
         content["hidden_act_param"] = config.ffn_threshold
     if model_type in ("mistral", "bamboo", "qwen2"):

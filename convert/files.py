@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from convert.errors import ConversionError
-from jsparse.checkpoint import replacing_directory
+from jsparse.directories import check_readable, replacing_directory
+from jsparse.errors import JsparseError
 
 
 def read_json(path: Path) -> dict:
@@ -16,17 +17,24 @@ def read_json(path: Path) -> dict:
     Raises:
       ConversionError: the file is missing, unreadable, or holds something else.
     """
+    check_file(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConversionError(f"{path} does not exist") from None
-    except OSError as error:
-        raise ConversionError(f"{path} cannot be read: {error.strerror}") from None
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ConversionError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a JSON {type(content).__name__}, not an object")
     return content
+
+
+def check_file(path: Path) -> None:
+    """Raise ConversionError if a file is missing, unreadable, or a git-lfs pointer to what it should be."""
+    if not os.path.lexists(path):
+        raise ConversionError(f"{path} does not exist")
+    try:
+        check_readable(path)
+    except JsparseError as error:
+        raise ConversionError(str(error)) from None
 
 
 def check_destination(destination: Path) -> None:

@@ -1,26 +1,40 @@
 """Whole Hugging Face directories as `Params`, and back."""
 
+import dataclasses
 import json
 import logging
+import os
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
 from convert.config import read_config
 from convert.config_writer import write_config
-from convert.errors import ConversionError
+from convert.errors import ConversionError, listing
 from convert.files import new_directory
-from convert.mapping import read_weights, stored_array, stored_dtype, weight_table
-from convert.tensors import open_checkpoint
+from convert.mapping import (
+    head_is_embedding,
+    read_weights,
+    stored_array,
+    stored_dtype,
+    weight_table,
+    with_prefix,
+)
+from convert.tensors import open_checkpoint, read_safetensors
 from jsparse.checkpoint import DTYPES
 from jsparse.config import FFNKind
+from jsparse.directories import read_path
 from jsparse.params import Params
-from jsparse.tokenizer import load_tokenizer
+from jsparse.quantization import QuantizedRows
+from jsparse.settings import with_own_settings
+from jsparse.text.files import load_tokenizer
 
 logger = logging.getLogger("convert")
 
 
+@with_own_settings
 def from_huggingface(directory: str | Path, *, ffn: FFNKind | None = None, dtype: str | None = None) -> Params:
     """Convert a Hugging Face checkpoint: config.json, weights and tokenizer. No code in the directory is run.
 
@@ -35,18 +49,40 @@ def from_huggingface(directory: str | Path, *, ffn: FFNKind | None = None, dtype
     Raises:
       ConversionError: the checkpoint is incomplete, corrupt, or not of a kind that is implemented.
     """
-    directory = Path(directory)
+    directory = read_path(directory)
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"dtype is {dtype!r} and must be one of {', '.join(DTYPES)}")
     if not directory.is_dir():
         raise ConversionError(f"{directory} is not a directory")
+    _look_for_adapter(directory)
     reading = read_config(directory, ffn)
     logger.log(logging.WARNING if reading.doubtful else logging.INFO, "%s", reading.reason)
-    stored = open_checkpoint(directory)
+    stored = with_prefix(open_checkpoint(directory), reading.config)
+    config = reading.config
+    if config.tie_embeddings and not head_is_embedding(stored):
+        logger.warning(
+            "lm_head.weight differs from the embedding, to which config.json ties it: the stored one is used."
+        )
+        config = dataclasses.replace(config, tie_embeddings=False)
     tokenizer = load_tokenizer(directory)
-    return Params(reading.config, read_weights(stored, reading.config, dtype), None, tokenizer)
+    return Params(config, read_weights(stored, config, dtype), None, tokenizer)
 
 
+def _look_for_adapter(directory: Path) -> None:
+    """Say that an adapter beside the weights is left out.
+
+    Raises:
+      ConversionError: there is an adapter alone.
+    """
+    if not os.path.lexists(directory / "adapter_config.json"):
+        return
+    advice = "merge it into its model (merge_and_unload of the package peft) and convert the result"
+    if not os.path.lexists(directory / "config.json"):
+        raise ConversionError(f"{directory} is an adapter, not a model: {advice}")
+    logger.warning("adapter_config.json: the adapter beside the weights is left out; to have it, %s.", advice)
+
+
+@with_own_settings
 def to_huggingface(params: Params, directory: str | Path) -> None:
     """Write a Hugging Face directory: config.json, model.safetensors and the tokenizer's files; all of it or nothing.
 
@@ -62,8 +98,18 @@ def to_huggingface(params: Params, directory: str | Path) -> None:
     dtype = stored_dtype(params.weights, table["model.embed_tokens.weight"]).name
     config = write_config(params.config, dtype)
     arrays = {name: np.ascontiguousarray(stored_array(params.weights, slot)) for name, slot in table.items()}
-    with new_directory(Path(directory)) as temporary:
+    if any(isinstance(leaf, QuantizedRows) for leaf in jax.tree.leaves(params.weights, is_leaf=_is_quantized)):
+        logger.warning("int8 matrices are written as float32, which Hugging Face directories have instead.")
+    with new_directory(read_path(directory)) as temporary:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(arrays, temporary / "model.safetensors", {"format": "pt"})
+        written = read_safetensors(temporary / "model.safetensors")
+        if damaged := [name for name, array in arrays.items() if not np.array_equal(written[name].read(), array)]:
+            raise ConversionError(f"{directory}: the tensors cannot be read back: {listing(damaged)}")
         if params.tokenizer is not None:
             params.tokenizer.save(temporary)
+            load_tokenizer(temporary)
+
+
+def _is_quantized(node: object) -> bool:
+    return isinstance(node, QuantizedRows)

@@ -111,6 +111,27 @@ def read_weights(stored: dict[str, StoredTensor], config: ModelConfig, dtype: st
     return weights
 
 
+def with_prefix(stored: dict[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
+    """The tensors under the names of a causal model: the base model's own files leave out the prefix "model.".
+
+    Raises:
+      ConversionError: a tensor is there under both names.
+    """
+    table = weight_table(config)
+    spelled = {name: f"model.{name}" if name not in table and f"model.{name}" in table else name for name in stored}
+    if doubled := [name for name, full in spelled.items() if full != name and full in stored]:
+        raise ConversionError(f"tensors found with and without the prefix 'model.': {listing(doubled)}")
+    return {spelled[name]: tensor for name, tensor in stored.items()}
+
+
+def head_is_embedding(stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether a checkpoint's lm_head.weight, where there is one, holds what its embedding holds."""
+    embed, head = (stored.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    if embed is None or head is None or embed.shape != head.shape:
+        return True  # a misshaped one is told of where shapes are compared
+    return all(np.array_equal(embed.read(rows), head.read(rows)) for rows in _blocks(embed.shape))
+
+
 def _check(stored: dict[str, StoredTensor], table: dict[str, Slot], config: ModelConfig) -> None:
     tied = {"lm_head.weight"} if config.tie_embeddings else set()
     unknown = [name for name in stored if name not in table and name not in tied and not name.endswith(_IGNORED)]

@@ -15,8 +15,10 @@ from convert.errors import ConversionError, listing
 from convert.files import new_directory
 from convert.tensors import StoredTensor, import_torch, read_torch
 from jsparse.config import ModelConfig
+from jsparse.directories import read_path
 from jsparse.params import Params, Predictor
 from jsparse.quantization import dequantize
+from jsparse.settings import with_own_settings
 
 _MATRICES = ("fc1.weight", "fc2.weight")
 _NAMES = (*_MATRICES, "fc2.bias")
@@ -27,13 +29,14 @@ _TRAINED_FORM = (
 )
 
 
+@with_own_settings
 def export_predictors(params: Params, directory: str | Path) -> None:
     """Write the predictors into a new directory, in float32; imported again they are the same function.
 
     Raises:
       ConversionError: the model has no predictors, the directory exists, or PyTorch is not installed.
     """
-    directory = Path(directory)
+    directory = read_path(directory)
     if params.predictors is None:
         raise ConversionError("the model has no predictors to export; fit them first (jsparse.fit_predictors)")
     torch = import_torch(directory / "model_0.pt")
@@ -42,8 +45,10 @@ def export_predictors(params: Params, directory: str | Path) -> None:
             arrays = (dequantize(predictor.a), dequantize(predictor.b), predictor.bias)
             state = {name: torch.from_numpy(np.array(array, np.float32)) for name, array in zip(_NAMES, arrays)}
             torch.save(state, temporary / f"model_{layer}.pt")
+        import_predictors(temporary, params.config)
 
 
+@with_own_settings
 def import_predictors(directory: str | Path, config: ModelConfig) -> tuple[Predictor, ...]:
     """Read one predictor per layer. bfloat16 matrices stay so, other floats become float32; biases are float32.
 
@@ -51,7 +56,7 @@ def import_predictors(directory: str | Path, config: ModelConfig) -> tuple[Predi
       ConversionError: the model is dense, layers are missing or too many, or files are corrupt, of the form with a
         ReLU, misshaped for the model, or hold NaN; every problem of every file is listed.
     """
-    directory = Path(directory)
+    directory = read_path(directory)
     if not config.is_sparse:
         raise ConversionError(f"a {config.ffn_kind} model zeroes no neurons, so it has no use for predictors")
     numbers = {int(match[1]) for file in directory.glob("model_*.pt") if (match := _LAYER_FILE.fullmatch(file.name))}

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import safetensors
 
 from convert.errors import ConversionError, listing
-from convert.files import read_json
+from convert.files import check_file, read_json
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -67,9 +68,9 @@ def open_checkpoint(directory: Path) -> dict[str, StoredTensor]:
         appears in two shards, or PyTorch files are met without PyTorch.
     """
     for single, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
-        if (directory / single).exists():
+        if os.path.lexists(directory / single):
             return read(directory / single)
-        if (directory / f"{single}.index.json").exists():
+        if os.path.lexists(directory / f"{single}.index.json"):
             return _read_shards(directory / f"{single}.index.json", read)
     raise ConversionError(
         f"{directory} has no weights: looked for model.safetensors, model.safetensors.index.json, pytorch_model.bin "
@@ -108,6 +109,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     Raises:
       ConversionError: the file cannot be read, is truncated, or its header is malformed.
     """
+    check_file(path)
     try:
         file = safetensors.safe_open(path, "np")
         views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -132,19 +134,43 @@ def read_torch(path: Path) -> dict[str, StoredTensor]:
     Raises:
       ConversionError: PyTorch is not installed, or the file is missing, corrupt, or holds more than tensors.
     """
+    check_file(path)
     torch = import_torch(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # torch.load has no base class for what a corrupt or unsafe file makes it raise
-        reason = str(error).strip().partition("\n")[0]
+        # torch's own advice, to load it with weights_only=False, would run what is in the file.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds {named[1]}" if named else str(error).strip().partition("\n")[0]
+        reason = "it is damaged, or holds other objects" if "weights_only" in reason else reason
         raise ConversionError(f"{path} is no PyTorch file of tensors alone, or is corrupt: {reason}") from None
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     if strange := [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]:
         raise ConversionError(f"{path} holds things that are not tensors: {listing(strange)}")
+    kinds = {name: _strange_kind(torch, tensor) for name, tensor in content.items()}
+    if strange := [f"{name} ({kind})" for name, kind in kinds.items() if kind]:
+        raise ConversionError(f"{path} holds tensors that are no plain arrays of numbers: {listing(strange)}")
     return {name: _torch_entry(torch, path, tensor) for name, tensor in content.items()}
+
+
+def _strange_kind(torch: ModuleType, tensor) -> str | None:
+    """Why a tensor has no form as an array, or None."""
+    if tensor.is_meta:
+        return "without content, on the device meta"
+    if tensor.is_quantized or tensor.layout != torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"{tensor.layout}, {tensor.dtype}, {type(tensor).__name__}".replace("torch.", "")
+    return None if _numpy_dtype(tensor.dtype) else str(tensor.dtype).removeprefix("torch.")
+
+
+def _numpy_dtype(dtype) -> np.dtype | None:
+    name = str(dtype).removeprefix("torch.")
+    try:
+        return np.dtype(getattr(ml_dtypes, name, None) or name)
+    except TypeError:
+        return None
 
 
 def _torch_entry(torch: ModuleType, path: Path, tensor) -> StoredTensor:
@@ -154,9 +180,7 @@ def _torch_entry(torch: ModuleType, path: Path, tensor) -> StoredTensor:
             return part.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return part.numpy()
 
-    name = str(tensor.dtype).removeprefix("torch.")
-    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
-    return StoredTensor(path, tuple(tensor.shape), dtype, read)
+    return StoredTensor(path, tuple(tensor.shape), _numpy_dtype(tensor.dtype), read)
 
 
 def import_torch(path: Path) -> ModuleType:
@@ -171,7 +195,7 @@ def import_torch(path: Path) -> ModuleType:
     try:
         import torch
     except ImportError:
-        raise ConversionError(f"{path} is a PyTorch file, which needs PyTorch: pip install 'jsparse[hf]'") from None
+        raise ConversionError(f"{path} is a PyTorch file, which needs PyTorch: pip install torch") from None
     finally:
         os.environ.pop(autoload) if before is None else os.environ.update({autoload: before})
     return torch

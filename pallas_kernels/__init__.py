@@ -32,7 +32,7 @@ def unavailable() -> str | None:
     except (RuntimeError, AssertionError):  # the latter where JAX_PLATFORMS asks for a plugin that is not installed
         if (allowed := jax.config.jax_platforms) and "cuda" not in allowed:
             return f"JAX finds no CUDA device: JAX_PLATFORMS is {allowed}, which leaves them out"
-        return "JAX finds no CUDA device: install jsparse[cuda] and check that nvidia-smi lists a GPU"
+        return "JAX finds no CUDA device: pip install 'jax[cuda13]' and check that nvidia-smi lists a GPU"
     if device.platform != jax.default_backend():
         return f"JAX computes on {jax.default_backend()} here; JAX_PLATFORMS=cuda chooses the GPU"
     capability = device.compute_capability

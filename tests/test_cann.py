@@ -442,7 +442,7 @@ print(sorted(results.items()))
 
 
 def test_without_torch_npu():
-    assert cann_bridge.unavailable() == "torch_npu is not installed: pip install 'jsparse[cann]'"
+    assert cann_bridge.unavailable() == "torch_npu is not installed: pip install torch_npu==2.13.0"
     with pytest.raises(jsparse.JsparseError, match="executor 'cann' cannot run here: torch_npu is not installed"):
         jsparse.generate(jsparse.load("default"), "a", executor="cann")
 

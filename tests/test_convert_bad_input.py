@@ -263,7 +263,7 @@ def test_unknown_options_are_refused(options, tmp_path):
 def test_without_torch_a_bin_says_what_to_install(tmp_path, monkeypatch):
     source = model(tmp_path / "source", "bin")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ConversionError, match=r"pytorch_model\.bin .* pip install 'jsparse\[hf\]'"):
+    with pytest.raises(ConversionError, match=r"pytorch_model\.bin .* pip install torch"):
         from_huggingface(source)
 
 

@@ -84,7 +84,7 @@ def test_a_machine_without_a_gpu_says_what_to_do():
         pytest.skip("there is a GPU")
     assert pallas_kernels.unavailable() == "JAX finds no CUDA device: JAX_PLATFORMS is cpu, which leaves them out"
     script = "import pallas_kernels; print(pallas_kernels.unavailable())"
-    assert "install jsparse[cuda] and check that nvidia-smi lists a GPU" in run(["-c", script], JAX_PLATFORMS="")
+    assert "pip install 'jax[cuda13]' and check that nvidia-smi lists a GPU" in run(["-c", script], JAX_PLATFORMS="")
 
 
 @pytest.mark.parametrize("name", ["llama_ours", "llama_int8", "qwen2_batch", "minicpm_float32", "odd"])
