@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 
 from jsparse import calibrate
 from jsparse.checkpoint import DTYPES, load
@@ -14,9 +15,9 @@ from jsparse.commands import Parser, run_command
 from jsparse.config import FFN_KINDS
 from jsparse.errors import JsparseError
 from jsparse.ffn.select import EXECUTORS
-from jsparse.generation import Statistics
 from jsparse.params import Params
 from jsparse.prompting import generate
+from jsparse.statistics import Statistics
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,12 +61,14 @@ def _generate(args: argparse.Namespace) -> None:
     text = args.prompt
     if text == "-":
         try:
-            text = sys.stdin.buffer.read().decode("utf-8")
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise JsparseError(f"the prompt on standard input is not UTF-8 text (byte {error.start})") from error
+        except AttributeError:
+            raise JsparseError("the prompt is -, but standard input is closed") from None
     statistics: list[Statistics] = []
     console = Console(stderr=True)
-    with console.status(f"loading {args.model}") as status:
+    with console.status(f"loading {escape(args.model)}") as status:
         params = load(args.model, dtype=args.dtype, ffn=args.ffn)
         status.update(f"compiling {params.config.num_layers} layers, or taking them from the cache")
         pieces = _stream(params, text, args, statistics.append)

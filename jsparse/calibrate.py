@@ -1,6 +1,7 @@
 """The command `python -m jsparse.calibrate`: fit predictors for a model, once."""
 
 import argparse
+import codecs
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ from jsparse.calibration_options import CalibrationOptions, LayerReport
 from jsparse.checkpoint import DEFAULT_MODEL, DTYPES, check_new, load, save
 from jsparse.commands import Parser, run_command
 from jsparse.config import SPARSE_KINDS
+from jsparse.directories import check_readable
 from jsparse.errors import JsparseError
 from jsparse.params import Params
 
@@ -63,7 +65,7 @@ def calibrate(args: argparse.Namespace) -> None:
     params = load(args.model, dtype=args.dtype, ffn=args.ffn)
     CalibrationOptions(**options).check(params.config)
     texts = default_texts(args.model) if args.prompts is None else read_prompts(args.prompts)
-    output = Path(os.path.abspath(args.output))
+    output = Path(os.path.realpath(args.output))
     state_dir = output.with_name(f"{output.name}.unfinished")
     if state_dir.exists():
         print(f"continuing the calibration in {state_dir}")
@@ -100,10 +102,7 @@ def read_prompts(path: Path) -> list[Any]:
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise JsparseError(f"{path}: calibration prompts come as .txt or .jsonl")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise JsparseError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    content = read_text(path)
     if path.suffix == ".txt":
         return [content]
     texts, problems = [], []
@@ -115,6 +114,8 @@ def read_prompts(path: Path) -> list[Any]:
         except ValueError:
             problems.append(f"line {number} is not JSON")
             continue
+        if isinstance(entry, dict) and entry.get("text") == "" and "messages" not in entry:
+            continue  # as exports of WikiText have them between paragraphs
         text = (entry.get("text") or entry.get("messages")) if isinstance(entry, dict) else None
         if isinstance(text, str) or (
             isinstance(text, list) and text and all(isinstance(message, dict) for message in text)
@@ -126,6 +127,22 @@ def read_prompts(path: Path) -> list[Any]:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise JsparseError(f"{path}: {'; '.join(problems[:5])}{more}")
     return texts
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file without the byte order mark that some editors put before it.
+
+    Raises:
+      JsparseError: the file cannot be read, or is no UTF-8 text.
+    """
+    content = path.read_bytes()
+    check_readable(path)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise JsparseError(f"{path}: is UTF-16 text; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise JsparseError(f"{path}: is not UTF-8 text (byte {error.start})") from error
 
 
 def default_texts(model: str) -> list[str]:
@@ -154,7 +171,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise JsparseError("--plot needs matplotlib: pip install 'jsparse[plot]'") from error
+        raise JsparseError("--plot needs matplotlib: pip install matplotlib") from error
 
 
 def plot_reports(reports: list[LayerReport], path: Path) -> None:

@@ -18,12 +18,15 @@ import numpy as np
 from jsparse.calibration_options import CalibrationOptions, LayerReport
 from jsparse.calibration_state import CalibrationState
 from jsparse.config import ModelConfig
+from jsparse.directories import read_path
 from jsparse.errors import JsparseError
 from jsparse.ffn import FFNSpec, reference
 from jsparse.layers import Block, Rotation
-from jsparse.params import FFNWeights, Params, Predictor
+from jsparse.options import check_callback
+from jsparse.params import FFNWeights, Params, Predictor, check_params
 from jsparse.predictor import fit_low_bit
 from jsparse.quantization import Matrix, dequantize, take_rows
+from jsparse.settings import with_own_settings
 from jsparse.thresholds import fit_bias
 from jsparse.typing import Array, Float, Int
 
@@ -34,6 +37,7 @@ _LEVELS = 256
 _CAUTIOUS_LAYERS, _CAUTION = 2, 0.1
 
 
+@with_own_settings
 def fit_predictors(
     params: Params,
     texts: Sequence[Any] | str,
@@ -58,8 +62,11 @@ def fit_predictors(
     Raises:
       JsparseError: the model, the texts or an option cannot be used.
     """
+    check_params(params)
+    check_callback("on_layer", on_layer)
     settings = CalibrationOptions(**options)
     settings.check(params.config)
+    state_dir = None if state_dir is None else read_path(state_dir, "state_dir")
     rows = make_rows(params, texts, settings)
     predictors = []
     for predictor, report in fit_layers(params, rows, settings, state_dir):
@@ -76,7 +83,10 @@ def make_rows(params: Params, texts: Sequence[Any] | str, options: CalibrationOp
       JsparseError: there is too little text, or an id is outside the vocabulary.
     """
     config = params.config
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    if isinstance(texts, str):
+        texts = [texts]
+    if not isinstance(texts, list | tuple | np.ndarray):
+        raise JsparseError(f"texts is of type {type(texts).__name__}; it must be a text or a list of texts")
     bos = [] if config.bos_token_id is None else [config.bos_token_id]
     stream = np.concatenate([np.zeros(0, np.int64), *(_to_ids(params, text) for text in texts)])
     if np.any((stream < 0) | (stream >= config.vocab_size)):

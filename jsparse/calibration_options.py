@@ -8,6 +8,7 @@ import numpy as np
 
 from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
+from jsparse.options import check_flag, is_number, is_whole
 from jsparse.predictor import BITS, check_rank
 from jsparse.thresholds import BiasMode, SilencedRule
 
@@ -66,18 +67,22 @@ class CalibrationOptions:
             ranks = self.ranks(config)
         except TypeError:
             raise JsparseError(f"rank is {self.rank}; it must be a whole number, or one per layer") from None
+        if isinstance(self.rank, bool):
+            raise JsparseError(f"rank is {self.rank}; it must be a whole number, or one per layer")
         if len(ranks) != config.num_layers:
             raise JsparseError(f"rank has {len(ranks)} values; the model has {config.num_layers} layers")
         for rank in ranks:
             check_rank(rank, config.hidden_size)
-        if self.bits not in BITS:
-            raise JsparseError(f"bits is {self.bits}; a predictor has 16, 8 or 4")
-        if not 0 <= self.sparsity <= 1:
-            raise JsparseError(f"sparsity is {self.sparsity}; it must be between 0 and 1")
-        if self.seed < 0:
-            raise JsparseError(f"seed is {self.seed}; it must be at least 0")
-        if self.tokens < 1:
-            raise JsparseError(f"tokens is {self.tokens}; it must be at least 1")
+        for name in ("whiten", "center", "refit"):
+            check_flag(name, getattr(self, name))
+        if not is_whole(self.bits) or self.bits not in BITS:
+            raise JsparseError(f"bits is {self.bits!r}; a predictor has 16, 8 or 4")
+        if not (is_number(self.sparsity) and 0 <= self.sparsity <= 1):
+            raise JsparseError(f"sparsity is {self.sparsity!r}; it must be between 0 and 1")
+        if not is_whole(self.seed) or self.seed < 0:
+            raise JsparseError(f"seed is {self.seed!r}; it must be a whole number of at least 0")
+        if not is_whole(self.tokens) or self.tokens < 1:
+            raise JsparseError(f"tokens is {self.tokens!r}; it must be a whole number of at least 1")
         if self.bias not in ("neuron", "layer", "none"):
             raise JsparseError(f"bias is {self.bias!r}; it must be neuron, layer or none")
         if self.importance not in ("gate", "hidden", "output"):

@@ -6,12 +6,9 @@ predictors/    Orbax checkpoint of the flattened predictors, where fitted
 tokenizer/     tokenizer files, where there is one
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-import tempfile
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,17 +20,22 @@ import numpy as np
 
 from jsparse.config import ModelConfig
 from jsparse.decoder import check_weights
+from jsparse.directories import plain_path, read_path, replacing_directory
 from jsparse.errors import JsparseError
-from jsparse.params import FFNWeights, Params, Predictor, check_predictors
+from jsparse.options import check_flag
+from jsparse.params import FFNWeights, Params, Predictor, check_params, check_predictors
 from jsparse.quantization import QuantizedRows, cast
-from jsparse.tokenizer import load_tokenizer
+from jsparse.settings import with_own_settings
+from jsparse.text.files import load_tokenizer
 
 _MANIFEST = "jsparse.json"
 _FORMAT = 1
+_PORTION = 2**29
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
 
 
+@with_own_settings
 def save(params: Params, directory: str | Path, *, force: bool = False) -> None:
     """Write the model into a new directory: under a temporary name beside it, then renamed.
 
@@ -45,9 +47,12 @@ def save(params: Params, directory: str | Path, *, force: bool = False) -> None:
     Raises:
       JsparseError: the directory exists, or it cannot be written (a full disk, no permission).
     """
+    directory = read_path(directory)
+    check_flag("force", force)
+    check_params(params)
     check_weights(params.weights, params.config)
-    check_predictors(params)
-    with replacing_directory(directory, force=force) as partial:
+    check_new(directory, force=force)
+    with replacing_directory(directory) as partial:
         trees = {"weights": _flatten(params.weights)}
         if params.predictors is not None:
             trees["predictors"] = _flatten(dict(enumerate(params.predictors)))
@@ -60,8 +65,10 @@ def save(params: Params, directory: str | Path, *, force: bool = False) -> None:
             params.tokenizer.save(partial / "tokenizer")
         manifest["checksum"] = _checksum(manifest)
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _read_back(partial)
 
 
+@with_own_settings
 def load(directory: str | Path, *, dtype: str | None = None, ffn: str | None = None) -> Params:
     """Load a model.
 
@@ -75,16 +82,17 @@ def load(directory: str | Path, *, dtype: str | None = None, ffn: str | None = N
     Raises:
       JsparseError: the path is missing, is not a checkpoint, or its content does not fit; the message says what.
     """
-    path = DEFAULT_MODEL if str(directory) == "default" else Path(directory)
+    path = DEFAULT_MODEL if isinstance(directory, str) and directory == "default" else read_path(directory)
+    if dtype is not None and dtype not in DTYPES:
+        raise JsparseError(f"dtype is {dtype!r} and must be one of {', '.join(DTYPES)}")
     try:
         path.stat()
+        is_own = (path / _MANIFEST).is_file()
     except OSError as error:
         raise JsparseError(f"{path}: {error.strerror.lower()}") from error
-    if (path / _MANIFEST).is_file():
+    if is_own:
         if ffn is not None:
             raise JsparseError(f"{path}: ffn is chosen on conversion; this is already a jsparse directory")
-        if dtype is not None and dtype not in DTYPES:
-            raise JsparseError(f"dtype is {dtype!r} and must be one of {', '.join(DTYPES)}")
         return _load_directory(path, dtype)
     from convert import from_huggingface
 
@@ -108,45 +116,6 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     if checksum != _checksum(manifest):
         raise JsparseError(f"{path}: was changed after it was written (its checksum differs); save the model again")
     return manifest
-
-
-@contextlib.contextmanager
-def replacing_directory(directory: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary directory beside `directory` that takes its name when the block ends, or is removed if it fails.
-
-    Raises:
-      JsparseError: the directory exists and `force` is not given, or an OSError in the block.
-    """
-    directory = Path(os.path.abspath(directory))
-    check_new(directory, force=force)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    except OSError as error:
-        raise JsparseError(f"{directory}: cannot be written: {error.strerror or error}") from error
-    try:
-        yield partial
-        partial.chmod(0o755)
-        _swap(partial, directory)
-    except OSError as error:
-        raise JsparseError(f"{directory}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _swap(new: Path, directory: Path) -> None:
-    """Give `new` the name of `directory`; what was there is removed afterwards, or put back if that fails."""
-    if not directory.exists():
-        new.rename(directory)
-        return
-    old = new.with_name(f"{new.name}.old")
-    directory.rename(old)
-    try:
-        new.rename(directory)
-    except BaseException:
-        old.rename(directory)
-        raise
-    shutil.rmtree(old)
 
 
 def check_new(directory: str | Path, *, force: bool = False) -> None:
@@ -253,8 +222,9 @@ def _save_arrays(directory: Path, arrays: dict[str, jax.Array]) -> None:
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(directory, arrays)
+        # Orbax takes a path for a pattern, and TensorStore a backslash for a separator.
+        with plain_path(directory.parent) as parent, ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(parent / directory.name, arrays)
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise OSError(_first_line(error)) from error
 
@@ -267,15 +237,49 @@ def _load_arrays(directory: Path, storage: dict[str, dict]) -> dict[str, jax.Arr
         key: jax.ShapeDtypeStruct(kept["shape"], jnp.dtype(kept["dtype"]), sharding=here)
         for key, kept in storage.items()
     }
+    how = ocp.args.PyTreeRestore(
+        wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(directory.absolute(), wanted)
+        with plain_path(directory.parent) as parent, ocp.PyTreeCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(parent / directory.name, args=how)
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise JsparseError(f"{directory}: the arrays cannot be read: {_first_line(error)}") from error
-    damaged = [key for key, kept in storage.items() if digest(arrays[key]) != kept["crc32"]]
+    damaged = [
+        key
+        for key, kept in storage.items()
+        if not isinstance(arrays[key], jax.Array) or digest(arrays[key]) != kept["crc32"]
+    ]
     if damaged:
         raise JsparseError(f"{directory}: the arrays cannot be read: {', '.join(damaged[:5])} damaged")
     return arrays
+
+
+def _read_back(directory: Path) -> None:
+    """Read a written model again, some arrays at a time, so that success is said only of what can be loaded.
+
+    Raises:
+      JsparseError: something is missing or damaged.
+    """
+    manifest = read_manifest(directory)
+    for name in ("weights", "predictors"):
+        for some in _portions(manifest.get(name, {})):
+            _load_arrays(directory / name, some)
+    if manifest["tokenizer"]:
+        load_tokenizer(directory / "tokenizer")
+
+
+def _portions(storage: dict[str, dict]) -> Iterator[dict[str, dict]]:
+    """The arrays in portions of some `_PORTION` bytes."""
+    some, size = {}, 0
+    for key, kept in storage.items():
+        some[key] = kept
+        size += math.prod(kept["shape"]) * jnp.dtype(kept["dtype"]).itemsize
+        if size >= _PORTION:
+            yield some
+            some, size = {}, 0
+    if some:
+        yield some
 
 
 def _first_line(error: Exception) -> str:

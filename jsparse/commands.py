@@ -1,8 +1,11 @@
 """What every command shares: its way to end on a user's mistake."""
 
 import argparse
+import io
 import os
+import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -21,11 +24,15 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(command: Callable[[], None]) -> None:
     """Run a command. A user's mistake is one sentence on stderr and exit code 2; Ctrl-C is exit code 130."""
+    _print_any_text()
     _keep_compiled_programs()
     try:
         command()
     except JsparseError as error:
         sys.exit(_fail(str(error), 2))
+    except BrokenPipeError:  # what reads the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(_fail(f"{where}{error.strerror or error}", 2))
@@ -35,6 +42,13 @@ def run_command(command: Callable[[], None]) -> None:
         raise
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 130))
+
+
+def _print_any_text() -> None:
+    """Print characters that the terminal's encoding lacks as escapes, not as a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _missing_device() -> str | None:
@@ -51,15 +65,20 @@ def _keep_compiled_programs() -> None:
     """Compile a model's decode step once, not at every command. JAX_COMPILATION_CACHE_DIR names another place."""
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if jax.config.jax_compilation_cache_dir is not None:
-        return
+    named = jax.config.jax_compilation_cache_dir
     try:
         chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        cache = (chosen if chosen.is_absolute() else Path.home() / ".cache") / "jsparse"
-        cache.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return  # a home that cannot be written costs the time to compile
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+        cache = Path(named or (chosen if chosen.is_absolute() else Path.home() / ".cache") / "jsparse")
+        if "://" not in str(named):  # JAX also takes the address of a bucket
+            cache.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=cache).close()
+    except (OSError, RuntimeError) as error:  # a place that cannot be written costs the time to compile
+        jax.config.update("jax_compilation_cache_dir", None)
+        if named:
+            reason = error.strerror if isinstance(error, OSError) else error
+            print(f"compiled programs are not kept: JAX_COMPILATION_CACHE_DIR is {named}: {reason}", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", named or str(cache))
 
 
 def _fail(message: str, code: int) -> int:

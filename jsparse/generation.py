@@ -17,14 +17,16 @@ from jsparse.config import ModelConfig
 from jsparse.decoder import Decoder
 from jsparse.errors import JsparseError
 from jsparse.ffn import FFNSpec
+from jsparse.options import is_number, is_whole
 from jsparse.params import Params
 from jsparse.sampling import greedy, sample
+from jsparse.statistics import PAD, Statistics
 from jsparse.typing import Array, Bool, Float, Int, Shaped
 
-PAD = -1
-"""Stands in a chunk of tokens where a sequence had already ended."""
 CHUNK = 32
 """Most decode steps per call of the jitted loop."""
+_HEADROOM = 4
+"""Times the largest key or value of the prompts that a cache must hold."""
 _COLDEST = 1e-30
 """Temperatures below are greedy: float32 has no room for the quotient."""
 
@@ -65,10 +67,13 @@ class Sampling:
     ) -> "Sampling":
         """Raises: JsparseError: a value is out of range; all are listed."""
         problems = []
+        for name, value in (("temperature", temperature), ("top_p", top_p)):
+            if not is_number(value):
+                raise JsparseError(f"{name} is {value!r}, which is no number")
         if not 0 <= temperature < float("inf"):
             problems.append(f"temperature is {temperature} and must be at least 0")
-        if top_k is not None and not (isinstance(top_k, int | np.integer) and top_k >= 1):
-            problems.append(f"top_k is {top_k} and must be at least 1, a whole number")
+        if top_k is not None and not (is_whole(top_k) and top_k >= 1):
+            problems.append(f"top_k is {top_k!r} and must be at least 1, a whole number")
         if not 0 < top_p <= 1:
             problems.append(f"top_p is {top_p} and must be greater than 0 and at most 1")
         if problems:
@@ -84,7 +89,7 @@ class Sampling:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("caches", "token", "position", "finished", "keys"),
+    data_fields=("caches", "token", "position", "finished", "finite", "keys"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +101,7 @@ class DecodeState:
       token: (B,) the newest token, not yet fed to the model.
       position: (B,) that token's position.
       finished: (B,) sequences that have ended.
+      finite: (B,) sequences whose logits have been finite so far.
       keys: (B,) random keys.
     """
 
@@ -103,10 +109,11 @@ class DecodeState:
     token: Int[Array, "B"]
     position: Int[Array, "B"]
     finished: Bool[Array, "B"]
+    finite: Bool[Array, "B"]
     keys: Shaped[Array, "B"]
 
 
-@partial(jax.jit, static_argnames=("model", "slots"))
+@partial(jax.jit, static_argnames=("model", "slots", "cache_dtype"))
 def prefill(
     weights: dict[str, Any],
     tokens: Int[Array, "B T"],
@@ -116,8 +123,13 @@ def prefill(
     *,
     model: Model,
     slots: int,
-) -> DecodeState:
-    """Run right-padded prompts densely, fill caches of `slots` slots and choose the first token of each sequence."""
+    cache_dtype: str,
+) -> tuple[DecodeState, Float[Array, ""]]:
+    """Run right-padded prompts densely, fill caches of `slots` slots and choose the first token of each sequence.
+
+    Returns:
+      the state, and the largest magnitude of a key or value of the prompts.
+    """
 
     def feed_forward(layer, x, ffn):
         return model.executor.dense_ffn(x, ffn, model.spec), None
@@ -126,10 +138,12 @@ def prefill(
     logits, keys_values, _ = decoder.apply(
         {"params": weights}, tokens, jnp.arange(tokens.shape[1])[None], feed_forward, last=lengths - 1
     )
-    cache_dtype = getattr(weights["embed"], "dtype", jnp.bfloat16)
-    caches = tuple(fill_cache(k, v, lengths, slots, cache_dtype) for k, v in keys_values)
+    caches = tuple(fill_cache(k, v, lengths, slots, jnp.dtype(cache_dtype)) for k, v in keys_values)
     token, keys = _choose(logits, keys, sampling)
-    return DecodeState(caches, token, lengths, _ends(token, lengths, sampling, model.config), keys)
+    ends = _ends(token, lengths, sampling, model.config)
+    is_prompt = (jnp.arange(tokens.shape[1]) < lengths[:, None])[:, :, None, None]
+    largest = jnp.max(jnp.stack([jnp.max(jnp.where(is_prompt, jnp.abs(s), 0)) for pair in keys_values for s in pair]))
+    return DecodeState(caches, token, lengths, ends, _are_finite(logits), keys), largest
 
 
 def decode_step(
@@ -184,8 +198,9 @@ def decode_chunk(
         tokens = tokens.at[:, i].set(jnp.where(state.finished, PAD, chosen))
         counts = counts + jnp.sum(jnp.where(state.finished[:, None], 0, step_counts), axis=1)
         position = state.position + 1
-        finished = state.finished | _ends(chosen, position, sampling, model.config)
-        state = DecodeState(caches, chosen, position, finished, keys)
+        finite = state.finite & (state.finished | _are_finite(logits))
+        finished = state.finished | ~finite | _ends(chosen, position, sampling, model.config)
+        state = DecodeState(caches, chosen, position, finished, finite, keys)
         return i + 1, state, tokens, counts
 
     def unfinished(carry):
@@ -207,6 +222,10 @@ def _choose(logits, keys, sampling):
 _choose_jit = jax.jit(_choose)
 
 
+def _are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
+    return jnp.all(jnp.isfinite(logits), axis=-1)
+
+
 def _ends(token, position, sampling, config):
     """Whether a sequence ends with this token: it is an end-of-text token, or the context is full."""
     return jnp.isin(token, sampling.eos_ids) | (position + 1 >= config.context_length)
@@ -217,50 +236,6 @@ def bucket(length: int) -> int:
     if length > 512:
         return -(-length // 512) * 512
     return max(32, 1 << (length - 1).bit_length())
-
-
-@dataclasses.dataclass
-class Statistics:
-    """What a generation did and cost.
-
-    Attributes:
-      prefill_seconds, decode_seconds: wall time, compilation included.
-      decoded_tokens: tokens after the first of each sequence, over all sequences.
-      counts: (L, 2) neurons predicted active and truly active, summed over those tokens.
-      rows: FFN weight rows read for those tokens in sparse decoding.
-      rows_per_token: FFN weight rows of one layer a dense step reads: 3 F.
-      pipeline: which rows a predicted neuron costs.
-      sparse: whether decoding was.
-    """
-
-    rows_per_token: int
-    pipeline: str
-    sparse: bool
-    counts: np.ndarray
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decoded_tokens: int = 0
-    rows: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else float("nan")
-
-    @property
-    def rows_read(self) -> float:
-        """Share of the FFN's weight rows that sparse decoding read; 1 for a dense generation."""
-        if not self.sparse or not self.decoded_tokens:
-            return 1.0
-        return self.rows / (self.decoded_tokens * self.rows_per_token * len(self.counts))
-
-    def add(self, tokens: np.ndarray, counts: np.ndarray, fixed: Sequence[int] | None = None) -> None:
-        """Count the tokens of a chunk: neuron counts (L, 2), or neurons of each layer all of whose rows each read."""
-        decoded = int((tokens != PAD).sum())
-        predicted, active = counts.sum(axis=0).tolist()
-        rows = predicted + 2 * active if self.pipeline == "sequential" else 2 * predicted + active
-        self.rows += rows if fixed is None else 3 * sum(fixed) * decoded
-        self.counts += counts
-        self.decoded_tokens += decoded
 
 
 class Decoding:
@@ -288,7 +263,10 @@ class Decoding:
         if hasattr(executor, "place") and not on_device:
             self._weights, self._predictors = executor.place(self._weights, self._predictors)
         longest = max(map(len, prompts))
-        self.remaining = min(max_new_tokens, config.context_length - min(map(len, prompts)))
+        self._room = np.array([config.context_length - len(prompt) for prompt in prompts])
+        self._produced, self._last = np.zeros(len(prompts), np.int64), np.zeros(len(prompts), np.int64)
+        self._wanted = max_new_tokens
+        self.remaining = min(max_new_tokens, int(self._room.max()))
         most = min(longest + max_new_tokens, config.context_length)
         slots = min(bucket(most), config.sliding_window or sys.maxsize)
         tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
@@ -298,10 +276,11 @@ class Decoding:
         lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
         counts = np.zeros((config.num_layers, 2), np.int64)
         self.statistics = Statistics(3 * config.intermediate_size, pipeline, sparse, counts)
-        begun = time.perf_counter()
-        self._state = prefill(self._weights, tokens, lengths, keys, sampling, model=self.model, slots=slots)
-        self._first = np.asarray(self._state.token)
         self._loop = None
+        begun = time.perf_counter()
+        self._state = self._prefill(tokens, lengths, keys, slots)
+        self._check_finite()
+        self._first = np.asarray(self._state.token)
         if on_device:
             choose = None if sampling.is_greedy else partial(_choose_jit, sampling=sampling)
             self._loop = executor.DeviceLoop(
@@ -310,14 +289,55 @@ class Decoding:
             self._state = dataclasses.replace(self._state, caches=())
         self.statistics.prefill_seconds = time.perf_counter() - begun
 
+    def _prefill(self, tokens, lengths, keys, slots: int) -> DecodeState:
+        """The state after the prompts, with caches of the embedding's dtype, or of float32 where that may not hold
+        what is computed: float16 ends at 65,504, and the tokens to come may have larger keys than the prompts."""
+        cache_dtype = getattr(self._weights["embed"], "dtype", jnp.bfloat16)
+        run = partial(prefill, self._weights, tokens, lengths, keys, self.sampling, model=self.model, slots=slots)
+        state, largest = run(cache_dtype=str(cache_dtype))
+        if not largest * _HEADROOM <= jnp.finfo(cache_dtype).max:
+            state, _ = run(cache_dtype="float32")
+        return state
+
+    def _check_finite(self) -> None:
+        """Raises: JsparseError: logits were not finite; the message names the layer where that begins, if a cache
+        shows it."""
+        if self._loop or bool(np.all(self._state.finite)):
+            return
+        number = int(np.argmin(self._state.finite))
+        damaged = [any(not jnp.isfinite(side[number]).all() for side in cache) for cache in self._state.caches]
+        where = (
+            f"keys and values are not finite from layer {damaged.index(True)} on"
+            if any(damaged)
+            else ("the keys and values of all layers are finite, so this begins behind the last attention")
+        )
+        dtype = self._state.caches[0][0].dtype
+        raise JsparseError(
+            f"sequence {number}: the logits at position {int(self._state.position[number]) - 1} are not finite; "
+            f"{where} (cache in {dtype}). Load the model with dtype='float32', or check its weights"
+        )
+
     @property
     def done(self) -> bool:
         return self.remaining <= 0 or bool(np.all(self._loop.finished if self._loop else self._state.finished))
 
+    @property
+    def cut(self) -> np.ndarray:
+        """Sequences (B,) that the end of the context has ended before an end-of-text token or max_new_tokens did."""
+        at_end = (self._produced == self._room) & (self._room < self._wanted)
+        return at_end & ~np.isin(self._last, self.model.config.eos_token_ids)
+
     def first(self) -> np.ndarray:
         """The token chosen by the prefill, (B, 1)."""
         self.remaining -= 1
-        return self._first[:, None]
+        return self._count(self._first[:, None])
+
+    def _count(self, tokens: np.ndarray) -> np.ndarray:
+        """Note how many tokens each sequence has, and its last."""
+        some = (tokens != PAD).sum(axis=1)
+        self._produced += some
+        self._last = np.where(some > 0, tokens[np.arange(len(tokens)), np.maximum(some - 1, 0)], self._last)
+        return tokens
 
     def advance(self, max_steps: int = CHUNK) -> np.ndarray:
         """Decode up to max_steps tokens per sequence, (B, steps), PAD where a sequence had ended."""
@@ -330,11 +350,12 @@ class Decoding:
             self._state, tokens, counts = decode_chunk(
                 self._weights, self._predictors, self._state, self.sampling, jnp.int32(steps), model=self.model
             )
+        self._check_finite()
         tokens = np.asarray(tokens)
         self.statistics.decode_seconds += time.perf_counter() - begun
         self.statistics.add(tokens, np.asarray(counts), fixed)
         self.remaining -= steps
-        return tokens[:, :steps]
+        return self._count(tokens[:, :steps])
 
     def finish(self, rows: np.ndarray) -> None:
         """Mark sequences (B,) as ended, whatever they would have said next."""

@@ -59,13 +59,20 @@ class Params:
         {"embed": (V, D), "layers_0": {"attention": {...}, "ffn": FFNWeights, ...}, ..., "norm": {...},
         "lm_head": (V, D) unless tied}. Linear weights are (out, in).
       predictors: one `Predictor` per layer, or None for a model that only decodes densely.
-      tokenizer: a `jsparse.tokenizer.Tokenizer`, or None for a model used on token ids alone (static).
+      tokenizer: a `jsparse.text.tokenizer.Tokenizer`, or None for a model used on token ids alone (static).
     """
 
     config: ModelConfig
     weights: dict[str, Any]
     predictors: tuple[Predictor, ...] | None = None
     tokenizer: Any = None
+
+
+def check_params(params: Any) -> None:
+    """Raises: JsparseError: it is no `Params`, or its predictors are not those of the model."""
+    if not isinstance(params, Params):
+        raise JsparseError(f"params is of type {type(params).__name__}; it must be a model from jsparse.load")
+    check_predictors(params)
 
 
 def check_predictors(params: Params) -> None:

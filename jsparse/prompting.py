@@ -1,5 +1,6 @@
 """`jsparse.generate`: prompts in, completions out, of the same kind."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -7,14 +8,17 @@ import numpy as np
 
 from jsparse.errors import JsparseError
 from jsparse.ffn.select import select_executor
-from jsparse.generation import CHUNK, PAD, Decoding, Sampling, Statistics
-from jsparse.params import Params, check_predictors
-from jsparse.tokenizer import Tokenizer
+from jsparse.generation import CHUNK, Decoding, Sampling
+from jsparse.options import check_callback, check_flag, is_whole
+from jsparse.params import Params, check_params
+from jsparse.settings import each_with_own_settings, with_own_settings
+from jsparse.statistics import PAD, Statistics
+from jsparse.text.completion import TextCompletion, TokenCompletion
 
 _STREAM_STEPS = 4
-_REPLACEMENT = "\ufffd"
 
 
+@with_own_settings
 def generate(
     params: Params,
     prompt: Any,
@@ -25,6 +29,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop: str | Sequence[str] | None = None,
+    tools: Sequence[Any] | None = None,
     stream: bool = False,
     executor: str = "auto",
     sparse: bool | None = None,
@@ -37,11 +42,14 @@ def generate(
       params: a model from `load`, `fit_predictors` or a converter.
       prompt: text, a list of chat messages ({"role", "content"}, through the tokenizer's template), or a 1-D array or
         list of token ids; or a list of any one of these, of different lengths.
-      max_new_tokens: most tokens to add; generation also ends at the context length and at an end-of-text token.
+      max_new_tokens: most tokens to add; generation also ends at an end-of-text token, and at the context length, which
+        is logged as a warning.
       temperature: 0 takes the most likely token; otherwise draws from softmax(logits / temperature).
       top_k, top_p: keep the top_k most likely tokens, and of those the smallest set with probability top_p.
       seed: of the random draws; a sequence's draws do not depend on its neighbours in the batch.
-      stop: text that ends a completion and is left out of it; for text prompts.
+      stop: text that ends a completion and is left out of it; for text prompts. It may name special tokens, which the
+        completion itself never shows.
+      tools: for chats: JSON schemas or Python functions that the chat template tells the model of.
       stream: return an iterator over pieces of the completion of a single prompt.
       executor: auto, or a name of `jsparse.ffn.select.EXECUTORS`.
       sparse: True demands fitted predictors, False decodes densely, None is sparse when fitted.
@@ -53,10 +61,14 @@ def generate(
       a list of these for a list.
 
     Raises:
-      JsparseError: the prompt or an option cannot be used; the message says which and why.
+      JsparseError: the prompt or an option cannot be used, or the model's logits are not finite; the message says which
+        and why.
     """
-    prompts, single, is_text = _read_prompts(params, prompt)
-    check_predictors(params)
+    check_params(params)
+    prompts, single, is_text = _read_prompts(params, prompt, tools)
+    check_flag("stream", stream)
+    check_flag("sparse", sparse, optional=True)
+    check_callback("on_finish", on_finish)
     stops = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(stops, list | tuple) or not all(isinstance(text, str) for text in stops):
         raise JsparseError(f"stop is {stop!r}; it must be a string or a list of strings")
@@ -66,13 +78,13 @@ def generate(
         raise JsparseError("a stop string is empty")
     if stream and not single:
         raise JsparseError(f"stream=True takes a single prompt; {len(prompts)} were given")
-    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+    if not is_whole(max_new_tokens) or max_new_tokens < 1:
         raise JsparseError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1")
     if pipeline not in ("sequential", "parallel"):
         raise JsparseError(f"pipeline is {pipeline!r}; it must be sequential or parallel")
     if sparse and params.predictors is None:
         raise JsparseError("sparse=True needs predictors; fit them with jsparse.fit_predictors or jsparse.calibrate")
-    if not isinstance(seed, int | np.integer) or not -(2**31) <= seed < 2**31:
+    if not is_whole(seed) or not -(2**31) <= seed < 2**31:
         raise JsparseError(f"seed is {seed}; it must be a 32-bit integer")
 
     decoding = Decoding(
@@ -85,67 +97,16 @@ def generate(
         sparse=params.predictors is not None if sparse is None else sparse,
         pipeline=pipeline,
     )
-    make = (lambda ids: _Text(params.tokenizer, ids, stops)) if is_text else (lambda ids: _Tokens())
+    make = (lambda ids: TextCompletion(params.tokenizer, ids, stops)) if is_text else (lambda ids: TokenCompletion())
     outputs = [make(ids) for ids in prompts]
     steps = _STREAM_STEPS if stream else CHUNK
     pieces = _run(decoding, outputs, steps, on_finish)
     if stream:
-        return (piece for (piece,) in pieces if len(piece))
+        return (piece for (piece,) in each_with_own_settings(pieces) if len(piece))
     for _ in pieces:
         pass
     results = [output.value() for output in outputs]
     return results[0] if single else results
-
-
-class _Tokens:
-    """A completion as token ids."""
-
-    ended = False
-
-    def __init__(self):
-        self._ids: list[int] = []
-
-    def extend(self, ids: list[int], last: bool) -> np.ndarray:
-        self._ids += ids
-        return np.asarray(ids, np.int32)
-
-    def value(self) -> np.ndarray:
-        return np.asarray(self._ids, np.int32)
-
-
-class _Text:
-    """A completion as text: cut at the first stop string, emitted once it can no longer change."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: list[str]):
-        self._tokenizer, self._prompt, self._stops = tokenizer, prompt, stops
-        # Decoded behind the prompt, because tokenizers drop the space of a first word.
-        self._skip = len(tokenizer.decode(prompt))
-        self._ids: list[int] = []
-        self._text, self._emitted, self.ended = "", 0, False
-
-    def extend(self, ids: list[int], last: bool) -> str:
-        """Take new ids and return the text that is now certain."""
-        if not self.ended:
-            self._ids += ids
-            self._text = self._tokenizer.decode(self._prompt + self._ids)[self._skip :]
-            matches = [(at + len(stop), at) for stop in self._stops if (at := self._text.find(stop)) >= 0]
-            self.ended = bool(matches)
-            if matches:
-                # The stop string that is complete first, however many tokens came at once.
-                self._text = self._text[: min(matches)[1]]
-        certain = len(self._text) if last or self.ended else self._certain()
-        piece = self._text[self._emitted : certain]
-        self._emitted += len(piece)
-        return piece
-
-    def value(self) -> str:
-        return self._text
-
-    def _certain(self) -> int:
-        """Length without a tail that may be the beginning of a stop string or of a character."""
-        text = self._text.rstrip(_REPLACEMENT)
-        tails = [size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
-        return len(text) - max(tails, default=0)
 
 
 def _run(decoding: Decoding, outputs: list, steps: int, on_finish) -> Iterator[list]:
@@ -160,11 +121,16 @@ def _run(decoding: Decoding, outputs: list, steps: int, on_finish) -> Iterator[l
         if stopped.any():
             decoding.finish(stopped)
         tokens = decoding.advance(steps)
+    if cut := sum(not output.ended for output, by_context in zip(outputs, decoding.cut) if by_context):
+        what = "the completion" if len(outputs) == 1 else f"{cut} of {len(outputs)} completions"
+        context = decoding.model.config.context_length
+        message = "%s ended before max_new_tokens: the context of %d tokens is full"
+        logging.getLogger("jsparse").warning(message, what, context)
     if on_finish:
         on_finish(decoding.statistics)
 
 
-def _read_prompts(params: Params, prompt: Any) -> tuple[list[list[int]], bool, bool]:
+def _read_prompts(params: Params, prompt: Any, tools: Sequence[Any] | None) -> tuple[list[list[int]], bool, bool]:
     """Token ids of every prompt, whether it was a single one, and whether text comes back.
 
     Raises: JsparseError: a prompt is empty, too long, of no known kind, or has ids outside the vocabulary.
@@ -190,7 +156,7 @@ def _read_prompts(params: Params, prompt: Any) -> tuple[list[list[int]], bool, b
         if _kind(item) == "text":
             ids = params.tokenizer.encode(item)
         elif _kind(item) == "chat":
-            ids = params.tokenizer.encode_chat(item)
+            ids = params.tokenizer.encode_chat(item, tools=tools)
         else:
             ids = [int(i) for i in np.asarray(item)]
         if not ids:
