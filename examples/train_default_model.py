@@ -24,7 +24,7 @@ from arithmetic import make_problem, make_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-import jsparse.tokenizer
+import jsparse.text.tokenizer
 from convert import to_huggingface
 from jsparse.config import ModelConfig
 from jsparse.decoder import Decoder
@@ -221,7 +221,7 @@ def export(weights: dict, tokenizer: Tokenizer, output: Path) -> None:
     """Write the checkpoint, calibration text and held-out data."""
     _, calibration_files, held_out_files = collect_files()
     backend = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    to_huggingface(Params(CONFIG, weights, None, jsparse.tokenizer.Tokenizer(backend)), output)
+    to_huggingface(Params(CONFIG, weights, None, jsparse.text.tokenizer.Tokenizer(backend)), output)
 
     def excerpts(paths, tokens_per_file):
         return [cut(tokenizer, read(path), tokens_per_file) for path in paths]

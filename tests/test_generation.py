@@ -23,7 +23,7 @@ from jsparse.ffn import FFNSpec, reference
 from jsparse.generation import decode_chunk, prefill
 from jsparse.params import Predictor
 from jsparse.sampling import sample
-from jsparse.tokenizer import Tokenizer
+from jsparse.text.tokenizer import Tokenizer
 
 PROMPT = np.random.default_rng(3).integers(0, TINY.vocab_size, 11)
 PROMPTS = [PROMPT, PROMPT[:3], np.roll(PROMPT, 4)[:7]]
