@@ -18,6 +18,20 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_)
 
 
+def read_number(name: str, value: Any) -> float:
+    """A number as Python's own. Raises: JsparseError: it is none."""
+    if not is_number(value):
+        raise JsparseError(f"{name} is {value!r}, which is no number")
+    return float(value)
+
+
+def read_whole(name: str, value: Any) -> int:
+    """A whole number as Python's own. Raises: JsparseError: it is none."""
+    if not is_whole(value):
+        raise JsparseError(f"{name} is {value!r}; it must be a whole number")
+    return int(value)
+
+
 def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
     """Raises: JsparseError: an option is not True or False (or None, where it is optional)."""
     if not (isinstance(value, bool | np.bool_) or (optional and value is None)):

@@ -9,7 +9,7 @@ import numpy as np
 from jsparse.errors import JsparseError
 from jsparse.ffn.select import select_executor
 from jsparse.generation import CHUNK, Decoding, Sampling
-from jsparse.options import check_callback, check_flag, is_whole
+from jsparse.options import check_callback, check_flag, is_whole, read_number, read_whole
 from jsparse.params import Params, check_params
 from jsparse.settings import each_with_own_settings, with_own_settings
 from jsparse.statistics import PAD, Statistics
@@ -80,6 +80,8 @@ def generate(
         raise JsparseError(f"stream=True takes a single prompt; {len(prompts)} were given")
     if not is_whole(max_new_tokens) or max_new_tokens < 1:
         raise JsparseError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1")
+    if not isinstance(executor, str):
+        raise JsparseError(f"executor is {executor!r}; it must be auto or the name of one")
     if pipeline not in ("sequential", "parallel"):
         raise JsparseError(f"pipeline is {pipeline!r}; it must be sequential or parallel")
     if sparse and params.predictors is None:
@@ -87,11 +89,17 @@ def generate(
     if not is_whole(seed) or not -(2**31) <= seed < 2**31:
         raise JsparseError(f"seed is {seed}; it must be a 32-bit integer")
 
+    sampling = Sampling.create(
+        params.config,
+        temperature=read_number("temperature", temperature),
+        top_k=None if top_k is None else read_whole("top_k", top_k),
+        top_p=read_number("top_p", top_p),
+    )
     decoding = Decoding(
         params,
         prompts,
-        Sampling.create(params.config, temperature=temperature, top_k=top_k, top_p=top_p),
-        max_new_tokens=max_new_tokens,
+        sampling,
+        max_new_tokens=int(max_new_tokens),
         seed=int(seed),
         executor=select_executor(executor),
         sparse=params.predictors is not None if sparse is None else sparse,

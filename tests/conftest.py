@@ -38,6 +38,23 @@ import jsparse
 from jsparse.decoder import Decoder
 from jsparse.ffn import FFNSpec, reference
 
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    """A run whose every test was skipped has shown nothing: `pytest -m gpu` without a GPU is no success."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    counts = {outcome: len(reporter.stats.get(outcome, [])) for outcome in ("passed", "failed", "error", "skipped")}
+    if exitstatus == pytest.ExitCode.OK and counts["skipped"] and not counts["passed"]:
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say why that is."""
+    if terminalreporter.stats.get("skipped") and not terminalreporter.stats.get("passed"):
+        reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats["skipped"]}
+        terminalreporter.write_line(f"no test ran: {'; '.join(sorted(reasons))}", red=True)
+
+
 TINY = jsparse.ModelConfig(
     hidden_size=64,
     intermediate_size=256,

@@ -4,8 +4,11 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 def generate(cache, *options: str, variable: str = "XDG_CACHE_HOME") -> subprocess.CompletedProcess:
@@ -40,3 +43,11 @@ def test_generate_without_a_place_to_keep_it():
     assert done.stdout
     lines = [line for line in done.stderr.splitlines() if not line.startswith("executor: xla")]
     assert len(lines) == 2, done.stderr  # the end of the text's line, and the statistics
+
+
+def test_the_gpu_tests_without_a_gpu_are_no_success():
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_pallas_kernels.py"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert re.search(r"^no test ran: .*CUDA device", done.stdout, re.MULTILINE)

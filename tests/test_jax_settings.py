@@ -37,12 +37,9 @@ params = jsparse.load(folder)
 fitted = jsparse.fit_predictors(params, [np.arange(2000) % 97], rank=8)
 jsparse.save(fitted, folder + "-fitted", force=True)
 fitted = jsparse.load(folder + "-fitted", dtype="bfloat16")
-said = []
-for executor in ("xla", "auto"):
-    for options in ({}, {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 3}):
-        out = jsparse.generate(fitted, [[1, 2], [3]], max_new_tokens=6, executor=executor, **options)
-        said += [ids.tolist() for ids in out]
-    said += [ids.tolist() for ids in jsparse.generate(fitted, [5], max_new_tokens=6, executor=executor, stream=True)]
+options = {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 3}
+said = [ids.tolist() for ids in jsparse.generate(fitted, [[1, 2], [3]], max_new_tokens=6, **options)]
+said += [ids.tolist() for ids in jsparse.generate(fitted, [5], max_new_tokens=6, executor="xla", stream=True)]
 print(json.dumps(said))
 """
 

@@ -26,7 +26,7 @@ def select_executor(name: str = "auto") -> ModuleType:
     """
     if name == "auto":
         return first_available()
-    if not isinstance(name, str) or name not in EXECUTORS:
+    if name not in EXECUTORS:
         raise JsparseError(f"executor {name!r} does not exist; choose from auto, {', '.join(EXECUTORS)}")
     executor = importlib.import_module(EXECUTORS[name])
     if reason := executor.unavailable():
