@@ -15,6 +15,7 @@ from convert.config_writer import write_config
 from convert.errors import ConversionError, listing
 from convert.files import new_directory
 from convert.mapping import (
+    TRAINED_PREDICTOR,
     head_is_embedding,
     read_weights,
     stored_array,
@@ -58,6 +59,11 @@ def from_huggingface(directory: str | Path, *, ffn: FFNKind | None = None, dtype
     reading = read_config(directory, ffn)
     logger.log(logging.WARNING if reading.doubtful else logging.INFO, "%s", reading.reason)
     stored = with_prefix(open_checkpoint(directory), reading.config)
+    if any(name.endswith(TRAINED_PREDICTOR) for name in stored):
+        logger.info(
+            "The checkpoint's own predictors are left out, and with them the mask by which its code multiplies the "
+            "FFN; fit jsparse's with python -m jsparse.calibrate."
+        )
     config = reading.config
     if config.tie_embeddings and not head_is_embedding(stored):
         logger.warning(

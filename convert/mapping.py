@@ -22,7 +22,8 @@ _BLOCK_ELEMENTS = 2**20
 _LONG = 2**31
 """Bytes of weights from which reading them shows its progress."""
 
-_IGNORED = ("rotary_emb.inv_freq", "mlp.predictor.fc1.weight", "mlp.predictor.fc2.weight")
+TRAINED_PREDICTOR = ("mlp.predictor.fc1.weight", "mlp.predictor.fc2.weight")
+_IGNORED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", *TRAINED_PREDICTOR)
 
 _LAYER = {
     "input_layernorm.weight": ("input_norm", "scale"),

@@ -8,7 +8,7 @@ from jsparse.errors import JsparseError
 from jsparse.params import FFNWeights, Params, Predictor
 from jsparse.prompting import generate
 
-__version__ = "0.1.0"
+__version__ = "0.1.1"
 __all__ = [
     "PRESETS",
     "CalibrationOptions",

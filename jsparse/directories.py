@@ -12,7 +12,8 @@ from pathlib import Path
 from jsparse.errors import JsparseError
 
 _POINTER = b"version https://git-lfs"
-_PATTERN = re.compile(r"[][*?{}\\]")
+_PLAIN = re.compile(r"[\w ./+,=@~-]*")
+"""What no library takes for a pattern, an address or a separator."""
 
 
 @contextlib.contextmanager
@@ -82,9 +83,9 @@ def read_path(value: object, option: str = "the directory") -> Path:
 
 @contextlib.contextmanager
 def plain_path(directory: Path) -> Iterator[Path]:
-    """A path of the directory that no library takes for a pattern: itself, or a temporary symbolic link to it."""
+    """A path of the directory that no library takes for anything else: itself, or a temporary symbolic link to it."""
     directory = Path(os.path.abspath(directory))
-    if not _PATTERN.search(str(directory)):
+    if _PLAIN.fullmatch(str(directory)):
         yield directory
         return
     with tempfile.TemporaryDirectory(prefix="jsparse-") as folder:

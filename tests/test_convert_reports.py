@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from checkpoints import ROWS, random_tensors, write
+from checkpoints import ROWS, random_tensors, row, write
 
 import jsparse
 from convert import ConversionError, from_huggingface, to_huggingface
@@ -219,6 +219,14 @@ def test_adapters(tmp_path, caplog):
     (directory / "config.json").unlink()
     with pytest.raises(ConversionError, match=r"is an adapter, not a model: merge it"):
         jsparse.load(directory)
+
+
+def test_what_is_left_out_of_turbosparse_is_said(tmp_path, capsys):
+    directory = row(tmp_path, "Tiiny/TurboSparse-Mistral-Instruct")
+    convert_main([str(directory), str(tmp_path / "o")])
+    assert "own predictors are left out, and with them the mask" in capsys.readouterr().out
+    convert_main([str(row(tmp_path, "PowerInfer/Bamboo-base-v0_1")), str(tmp_path / "p")])
+    assert "left out" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,20 @@ from jsparse import checkpoint
 from jsparse.calibrate import main as calibrate
 
 LLAMA = ROWS["dense-llama"]
-NAMES = ("run [v2] final", "exp[1]/model", "a*b", "what?", "{a,b}", "back\\slash", "in\\a/[/INST]", "ü 日本", "x" * 250)
+NAMES = (
+    "run [v2] final",
+    "exp[1]/model",
+    "a*b",
+    "what?",
+    "{a,b}",
+    "back\\slash",
+    "in\\a/[/INST]",
+    "ü 日本",
+    "x" * 250,
+    "gs:",
+    "a%20b",
+    "\udcff",
+)
 
 
 @pytest.fixture(scope="module")

@@ -131,11 +131,17 @@ def test_the_config_decides_on_the_space_before_a_text(stored, configured, kind,
     assert ids_after_saving(tokenizer, tmp_path / "saved") == [tokenizer.encode(text) for text in TEXTS]
 
 
+def test_spaces_are_not_cleaned_up(tmp_path):
+    config = {"tokenizer_class": "Qwen2Tokenizer", "clean_up_tokenization_spaces": True}
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "m", byte_level(), config))
+    assert tokenizer.decode(tokenizer.encode("a ! b , c 's")) == "a ! b , c 's"
+
+
 def test_chat_templates_wherever_they_are(tmp_path):
     chat = [{"role": "user", "content": "a"}]
     for number, files in enumerate(
         (
-            {"chat_template__jinja": "{{ messages[0].content }}!"},
+            {"chat_template__jinja": "\ufeff{{ messages[0].content }}!"},
             {"chat_template__json": {"chat_template": "{{ messages[0].content }}!"}},
         )
     ):

@@ -118,9 +118,8 @@ def _load(present: list[Path], declared: str, config: dict[str, Any]):
     if extra := config.get("additional_special_tokens"):
         made["additional_special_tokens"] = [_token(entry) for entry in extra]
     tokenizer = FileTokenizer.from_pretrained(str(directory), local_files_only=True, **made)
-    tokenizer.chat_template = tokenizer.chat_template or _read_json(directory / "chat_template.json").get(
-        "chat_template"
-    )
+    template = tokenizer.chat_template or _read_json(directory / "chat_template.json").get("chat_template")
+    tokenizer.chat_template = template.removeprefix("\ufeff") if isinstance(template, str) else template
     backend = tokenizer.backend_tokenizer
     if (
         "tokenizer_object" not in made and not is_llama and declared != "TokenizersBackend"

@@ -29,7 +29,7 @@ class Tokenizer:
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Ids of a text, with the special tokens the checkpoint puts before a prompt."""
         try:
-            return self._backend.encode(text, add_special_tokens=special_tokens)
+            return self._backend.encode(text, add_special_tokens=special_tokens, verbose=False)
         except TypeError as error:  # what the tokenizers library raises for lone surrogates
             raise JsparseError("the prompt or text has characters that are not valid Unicode") from error
 
