@@ -191,11 +191,12 @@ def decode_chunk(
         i, state, tokens, counts = carry
         logits, caches, step_counts = decode_step(weights, predictors, state.token, state.position, state.caches, model)
         chosen, keys = _choose(logits, state.keys, sampling)
-        tokens = tokens.at[:, i].set(jnp.where(state.finished, PAD, chosen))
-        counts = counts + jnp.sum(jnp.where(state.finished[:, None], 0, step_counts), axis=1)
-        position = state.position + 1
         finite = state.finite & (state.finished | _are_finite(logits))
-        finished = state.finished | ~finite | _ends(chosen, position, sampling, model.config)
+        ended = state.finished | ~finite
+        tokens = tokens.at[:, i].set(jnp.where(ended, PAD, chosen))
+        counts = counts + jnp.sum(jnp.where(ended[:, None], 0, step_counts), axis=1)
+        position = state.position + 1
+        finished = ended | _ends(chosen, position, sampling, model.config)
         state = DecodeState(caches, chosen, position, finished, finite, keys)
         return i + 1, state, tokens, counts
 
@@ -275,7 +276,7 @@ class Decoding:
         self._loop = None
         begun = time.perf_counter()
         self._state = self._prefill(tokens, lengths, keys, slots)
-        self._check_finite()
+        self.check_finite()
         self._first = np.asarray(self._state.token)
         if on_device:
             choose = None if sampling.is_greedy else partial(_choose_jit, sampling=sampling)
@@ -295,22 +296,22 @@ class Decoding:
             state, _ = run(cache_dtype="float32")
         return state
 
-    def _check_finite(self) -> None:
-        """Raises: JsparseError: logits were not finite; the message names the layer where that begins, if a cache
-        shows it."""
-        if self._loop or bool(np.all(self._state.finite)):
+    def check_finite(self, ended: np.ndarray | bool = False) -> None:
+        """Raises: JsparseError: logits of a sequence that has not `ended` (B,) were not finite; the message names the
+        layer where that begins, if a cache shows it."""
+        failed = ~np.asarray(self._state.finite) & ~np.asarray(ended)
+        if self._loop or not failed.any():
             return
-        number = int(np.argmin(self._state.finite))
+        number = int(np.argmax(failed))
         damaged = [any(not jnp.isfinite(side[number]).all() for side in cache) for cache in self._state.caches]
-        where = (
-            f"keys and values are not finite from layer {damaged.index(True)} on"
-            if any(damaged)
-            else ("the keys and values of all layers are finite, so this begins behind the last attention")
-        )
+        where = "the keys and values of all layers are finite, so this begins behind the last attention"
+        if any(damaged):
+            where = f"keys and values are not finite from layer {damaged.index(True)} on"
         dtype = self._state.caches[0][0].dtype
+        position = self.model.config.context_length - self._room[number] + self._produced[number] - 1
+        advice = "check its weights" if dtype == jnp.float32 else "load the model with dtype='float32'"
         raise JsparseError(
-            f"sequence {number}: the logits at position {int(self._state.position[number]) - 1} are not finite; "
-            f"{where} (cache in {dtype}). Load the model with dtype='float32', or check its weights"
+            f"sequence {number}: the logits at position {position} are not finite; {where} (cache in {dtype}): {advice}"
         )
 
     @property
@@ -346,7 +347,6 @@ class Decoding:
             self._state, tokens, counts = decode_chunk(
                 self._weights, self._predictors, self._state, self.sampling, jnp.int32(steps), model=self.model
             )
-        self._check_finite()
         tokens = np.asarray(tokens)
         self.statistics.decode_seconds += time.perf_counter() - begun
         self.statistics.add(tokens, np.asarray(counts), fixed)

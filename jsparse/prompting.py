@@ -124,6 +124,7 @@ def _run(decoding: Decoding, outputs: list, steps: int, on_finish) -> Iterator[l
         pieces = [output.extend([int(i) for i in row if i != PAD], last) for output, row in zip(outputs, tokens)]
         stopped = np.array([output.ended for output in outputs])
         yield pieces
+        decoding.check_finite(stopped)
         if last:
             break
         if stopped.any():

@@ -18,6 +18,7 @@ from test_generation import byte_tokenizer
 from tokenizer_files import LLAMA, byte_fallback, byte_level, write_scripted, write_tokenizer
 
 import jsparse
+from jsparse import generation
 from jsparse.calibrate import read_prompts
 from jsparse.ffn.select import select_executor
 from jsparse.generation import Decoding, Sampling
@@ -87,16 +88,44 @@ def test_logits_that_are_not_finite_end_a_generation_and_name_the_layer(layer, s
     assert "\n" not in str(caught.value)
 
 
-def test_a_sequence_that_overflows_while_decoding_ends_there(tmp_path, monkeypatch):
-    """A cache that holds the prompt's keys but not the next one's: the headroom is taken away."""
-    from jsparse import generation
+def overflows_after(tmp_path, script: str) -> jsparse.Params:
+    """A model that says the script and whose next logits are infinite: the last token's embedding is enormous."""
+    tokenizer = byte_level()
+    tokens = tokenizer.encode(script).ids
+    directory = write_tokenizer(
+        write_scripted(tmp_path / "m", tokens, 264), tokenizer, {"tokenizer_class": "Qwen2Tokenizer"}
+    )
+    params = jsparse.load(directory)
+    head = params.weights["lm_head"].at[:, tokens[-1]].set(3e38)
+    scale = jnp.full_like(params.weights["norm"]["scale"], 100)
+    return dataclasses.replace(params, weights={**params.weights, "lm_head": head, "norm": {"scale": scale}})
 
+
+@pytest.mark.parametrize("executor", ["auto", "xla"])
+def test_a_sequence_that_overflows_while_decoding_ends_there(executor, tmp_path):
+    params = overflows_after(tmp_path, "Abcdefgh")
+    pieces = jsparse.generate(params, "A", max_new_tokens=20, executor=executor, stream=True)
+    got = []
+    with pytest.raises(jsparse.JsparseError, match=r"sequence 0: the logits at position 7 are not finite"):
+        got.extend(pieces)
+    assert "".join(got) == "bcdefgh"
+    with pytest.raises(jsparse.JsparseError, match=r"sequence 1: the logits at position 5"):
+        jsparse.generate(params, ["x", "cdefg", "c"], max_new_tokens=20, executor=executor)
+
+
+def test_an_answer_that_has_ended_is_not_lost_to_what_would_have_come(tmp_path):
+    params = overflows_after(tmp_path, "Abcdefgh")
+    assert jsparse.generate(params, "A", max_new_tokens=20, stop="g") == "bcdef"
+    assert jsparse.generate(params, ["A", "d"], max_new_tokens=20, stop=["g"]) == ["bcdef", "ef"]
+    assert jsparse.generate(params, "A", max_new_tokens=7) == "bcdefgh"
+
+
+def test_a_cache_that_cannot_hold_what_comes_says_so(tmp_path, monkeypatch):
+    """The headroom is taken away, so that float16 is kept for values that it cannot hold."""
     monkeypatch.setattr(generation, "_HEADROOM", 0)
-    generation.prefill.clear_cache()
     params = jsparse.load(float16_checkpoint(tmp_path, 15000))
-    pieces = jsparse.generate(params, PROMPT, max_new_tokens=12, executor="xla", stream=True)
-    with pytest.raises(jsparse.JsparseError, match=r"position \d+ are not finite; .*cache in float16.*dtype='float32'"):
-        list(pieces)
+    with pytest.raises(jsparse.JsparseError, match=r"from layer \d on \(cache in float16\).*dtype='float32'"):
+        jsparse.generate(params, PROMPT, max_new_tokens=12, executor="xla")
 
 
 @pytest.mark.parametrize(
