@@ -1,13 +1,12 @@
 """Files around a checkpoint: JSON in, and whole directories out at once or not at all."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from convert.errors import ConversionError
-from jsparse.directories import check_readable, replacing_directory
+from jsparse import directories
 from jsparse.errors import JsparseError
 
 
@@ -18,21 +17,22 @@ def read_json(path: Path) -> dict:
       ConversionError: the file is missing, unreadable, or holds something else.
     """
     check_file(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds a JSON {type(content).__name__}, not an object")
-    return content
+    with _as_conversion_error():
+        return directories.read_json(path)
 
 
 def check_file(path: Path) -> None:
     """Raise ConversionError if a file is missing, unreadable, or a git-lfs pointer to what it should be."""
     if not os.path.lexists(path):
         raise ConversionError(f"{path} does not exist")
+    with _as_conversion_error():
+        directories.check_readable(path)
+
+
+@contextlib.contextmanager
+def _as_conversion_error() -> Iterator[None]:
     try:
-        check_readable(path)
+        yield
     except JsparseError as error:
         raise ConversionError(str(error)) from None
 
@@ -61,5 +61,5 @@ def new_directory(destination: Path) -> Iterator[Path]:
       JsparseError: writing fails.
     """
     check_destination(destination)
-    with replacing_directory(destination) as partial:
+    with directories.replacing_directory(destination) as partial:
         yield partial

@@ -1,6 +1,7 @@
 """Files and directories: written as a whole or not at all, and read with a sentence where they cannot be."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jsparse.errors import JsparseError
 
@@ -92,6 +94,22 @@ def plain_path(directory: Path) -> Iterator[Path]:
         link = Path(folder) / "directory"
         link.symlink_to(directory, target_is_directory=True)
         yield link
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      JsparseError: the file cannot be read, or holds something else.
+    """
+    check_readable(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise JsparseError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise JsparseError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    return content
 
 
 def check_readable(path: Path) -> None:

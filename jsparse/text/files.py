@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from jsparse.directories import check_readable
+from jsparse.directories import check_readable, read_json
 from jsparse.errors import JsparseError
 from jsparse.text.sentencepiece_model import is_sentencepiece, read_sentencepiece
 from jsparse.text.tokenizer import Tokenizer
@@ -28,6 +28,7 @@ _ADDS_BOS = {
 }
 """Classes of transformers 4 whose `add_bos_token` and `add_eos_token` decide, whatever tokenizer.json says, and whether
 they add a BOS token by default. None adds an EOS token by default."""
+_LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer")
 _CLASSES = {"qwen2": "Qwen2Tokenizer"}
 """Tokenizer class by model type where no file declares one; every other family's is Llama's."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -66,28 +67,19 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     """What tokenizer_config.json says, and the older files beside it where it does not describe its added tokens."""
-    config = _read_json(directory / "tokenizer_config.json")
+    config = _optional_json(directory / "tokenizer_config.json")
     if "added_tokens_decoder" in config:
         return config
-    return config | _read_json(directory / "special_tokens_map.json")
+    return config | _optional_json(directory / "special_tokens_map.json")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not os.path.lexists(path):
-        return {}
-    check_readable(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise JsparseError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise JsparseError(f"{path} holds a JSON {type(content).__name__}, not an object")
-    return content
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def _declared_class(directory: Path, config: dict[str, Any]) -> str:
     """The class that the checkpoint names, without "Fast", or the one of its model type."""
-    model = _read_json(directory / "config.json")
+    model = _optional_json(directory / "config.json")
     name = config.get("tokenizer_class") or model.get("tokenizer_class")
     return str(name or _CLASSES.get(str(model.get("model_type")), "LlamaTokenizer")).removesuffix("Fast")
 
@@ -104,39 +96,46 @@ def _load(present: list[Path], declared: str, config: dict[str, Any]):
         def update_post_processor(self):
             pass
 
-    directory, names = present[0].parent, [path.name for path in present]
-    is_llama = declared in ("LlamaTokenizer", "CodeLlamaTokenizer")
-    made: dict[str, Any] = {}
-    # Version 4 builds a Llama tokenizer anew where its config says anything about the space before a text.
-    anew = is_llama and config.get("add_prefix_space") is not None and "tokenizer.model" in names
-    if "tokenizer.model" in names and ("tokenizer.json" not in names or anew):
-        made["tokenizer_object"] = _read_model(directory / "tokenizer.model", config)
-    elif names[0] == "tekken.json":
-        made["tokenizer_object"] = _read_tekken(present[0])
-    elif names[0] != "tokenizer.json":
-        made["tokenizer_object"] = _read_by_class(directory, names, declared)
+    directory = present[0].parent
+    made = _pipeline(present, declared, config)
+    options: dict[str, Any] = {} if made is None else {"tokenizer_object": made}
     if extra := config.get("additional_special_tokens"):
-        made["additional_special_tokens"] = [_token(entry) for entry in extra]
-    tokenizer = FileTokenizer.from_pretrained(str(directory), local_files_only=True, **made)
-    template = tokenizer.chat_template or _read_json(directory / "chat_template.json").get("chat_template")
+        options["additional_special_tokens"] = [_token(entry) for entry in extra]
+    tokenizer = FileTokenizer.from_pretrained(str(directory), local_files_only=True, **options)
+    template = tokenizer.chat_template or _optional_json(directory / "chat_template.json").get("chat_template")
     tokenizer.chat_template = template.removeprefix("\ufeff") if isinstance(template, str) else template
+    if made is None and declared not in (*_LLAMA, "TokenizersBackend"):  # under the last name version 5 writes
+        _set_prefix_space(tokenizer.backend_tokenizer, bool(config.get("add_prefix_space")))
+    _name_tokens(tokenizer, declared, config)
+    add_bos, add_eos = config.get("add_bos_token", _ADDS_BOS.get(declared)), config.get("add_eos_token", False)
+    if declared in _ADDS_BOS:
+        _set_post_processor(tokenizer, add_bos, add_eos)
+    elif present[0].name == "vocab.json":
+        _set_post_processor(tokenizer, add_bos and declared == "GPT2Tokenizer", False)
+    return tokenizer
+
+
+def _pipeline(present: list[Path], declared: str, config: dict[str, Any]) -> Backend | None:
+    """The pipeline of the files that are there, or None for tokenizer.json, which transformers reads itself."""
+    files = {path.name: path for path in present}
+    # Version 4 builds a Llama tokenizer anew where its config says anything about the space before a text.
+    anew = declared in _LLAMA and config.get("add_prefix_space") is not None
+    if "tokenizer.model" in files and (anew or "tokenizer.json" not in files):
+        return _read_model(files["tokenizer.model"], config)
+    if "tokenizer.json" in files:
+        return None
+    if "tekken.json" in files:
+        return _read_tekken(files["tekken.json"])
+    return _read_by_class(present[0].parent, list(files), declared)
+
+
+def _name_tokens(tokenizer, declared: str, config: dict[str, Any]) -> None:
+    """Give special tokens that the checkpoint does not name the names of its class, where those are tokens at all."""
     backend = tokenizer.backend_tokenizer
-    if (
-        "tokenizer_object" not in made and not is_llama and declared != "TokenizersBackend"
-    ):  # the name under which version 5 writes
-        _set_prefix_space(backend, bool(config.get("add_prefix_space")))
     for key, token in _default_tokens(declared).items():
         if key not in config and getattr(tokenizer, key) is None and backend.token_to_id(token) is not None:
             backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
             setattr(tokenizer, key, token)
-    if declared in _ADDS_BOS:
-        flags = config.get("add_bos_token", _ADDS_BOS[declared]), config.get("add_eos_token", False)
-        _set_post_processor(backend, tokenizer, *flags)
-    elif names[0] == "vocab.json":
-        _set_post_processor(
-            backend, tokenizer, declared == "GPT2Tokenizer" and config.get("add_bos_token", False), False
-        )
-    return tokenizer
 
 
 def _token(entry: Any) -> str | AddedToken:
@@ -214,11 +213,11 @@ def _set_prefix_space(backend: Backend, wanted: bool) -> None:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(**state | {"add_prefix_space": wanted})
 
 
-def _set_post_processor(backend: Backend, tokenizer, add_bos: bool, add_eos: bool) -> None:
+def _set_post_processor(tokenizer, add_bos: bool, add_eos: bool) -> None:
     """Put the BOS token before a text and the EOS token behind it, as the flags say."""
+    backend = tokenizer.backend_tokenizer
     before = [tokenizer.bos_token] if add_bos and tokenizer.bos_token else []
     after = [tokenizer.eos_token] if add_eos and tokenizer.eos_token else []
     known = {token: backend.token_to_id(token) for token in before + after}
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A", *after], special_tokens=[*known.items()]
-    )
+    single = [*before, "$A", *after]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[*known.items()])
