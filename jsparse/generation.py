@@ -289,9 +289,9 @@ class Decoding:
     def _prefill(self, tokens, lengths, keys, slots: int) -> DecodeState:
         """The state after the prompts, with caches of the embedding's dtype, or of float32 where that may not hold
         what is computed: float16 ends at 65,504, and the tokens to come may have larger keys than the prompts."""
-        cache_dtype = getattr(self._weights["embed"], "dtype", jnp.bfloat16)
+        cache_dtype = jnp.dtype(getattr(self._weights["embed"], "dtype", jnp.bfloat16))
         run = partial(prefill, self._weights, tokens, lengths, keys, self.sampling, model=self.model, slots=slots)
-        state, largest = run(cache_dtype=str(cache_dtype))
+        state, largest = run(cache_dtype=cache_dtype.name)
         if not largest * _HEADROOM <= jnp.finfo(cache_dtype).max:
             state, _ = run(cache_dtype="float32")
         return state

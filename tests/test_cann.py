@@ -239,8 +239,11 @@ def test_activations_beyond_float16(npu):
 def test_logits_that_are_not_finite_are_an_error(npu, monkeypatch):
     monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
     params = random_params(TINY)
-    norm = {"scale": jnp.full_like(params.weights["norm"]["scale"], jnp.nan)}
-    broken = dataclasses.replace(params, weights={**params.weights, "norm": norm})
+    # The prompt's own pass, on the host, is sound; the first token that the device reads is not.
+    first = int(jsparse.generate(params, np.arange(1, 4), max_new_tokens=1)[0])
+    assert first not in range(1, 4)
+    embed = params.weights["embed"].at[first].set(jnp.nan)
+    broken = dataclasses.replace(params, weights={**params.weights, "embed": embed})
     with pytest.raises(jsparse.JsparseError, match="executor 'cann': the logits are not finite"):
         jsparse.generate(broken, np.arange(1, 4), max_new_tokens=8, executor="cann")
 
