@@ -124,6 +124,8 @@ class Decoder:
         self._counts = torch.zeros((len(self._layers), 2), dtype=torch.int64).to(where)
         self._most = torch.zeros((len(self._layers),), dtype=torch.int64).to(where)
         self._finite = torch.ones((), dtype=torch.bool).to(where)
+        for side in (side for pair in self._caches for side in pair if side.dtype == torch.float16):
+            self._finite.logical_and_(side.abs().amax() < float("inf"))
         self._index = torch.zeros((1,), dtype=torch.int64).to(where)
         self._nothing = torch.zeros((batch, 2), dtype=torch.int32).to(where)
         slots, rows = caches[0][0].shape[1], batch * self._spec.num_kv_heads
@@ -307,7 +309,10 @@ class Decoder:
         position = self._position.repeat_interleave(spec.num_kv_heads)
         place = self._offsets + position % slots
         for side, new in ((keys, k), (values, v)):
-            side.view(-1, spec.head_dim).index_copy_(0, place, new.reshape(-1, spec.head_dim).to(side.dtype))
+            new = new.reshape(-1, spec.head_dim).to(side.dtype)
+            if side.dtype == torch.float16:
+                self._finite.logical_and_(new.abs().amax() < float("inf"))
+            side.view(-1, spec.head_dim).index_copy_(0, place, new)
         age = (position[:, None] - self._slots[None]) % slots
         visible = age <= position[:, None]
         if spec.window is not None:

@@ -14,6 +14,7 @@ from convert.files import check_destination, check_writable
 from jsparse.checkpoint import DTYPES, check_new
 from jsparse.commands import Parser, run_command
 from jsparse.config import FFN_KINDS
+from jsparse.directories import read_path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,6 +59,9 @@ def _log_on_stdout() -> Iterator[None]:
 
 
 def _run(options: argparse.Namespace) -> None:
+    options.destination = read_path(options.destination, "DST")
+    if options.source != "default":
+        options.source = read_path(options.source, "SRC")
     _check_options(options)
     params = jsparse.load(options.source, dtype=options.dtype, ffn=options.ffn)
     if options.import_predictors:

@@ -8,6 +8,7 @@ from the weights.
 
 import dataclasses
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def read_config(directory: Path, ffn: FFNKind | None = None) -> Reading:
     model_type = _model_type(path, raw)
     fields = Fields(_DEFAULTS[model_type] | raw)
     generation = directory / "generation_config.json"
-    tokens = read_json(generation) if generation.exists() else {}
+    tokens = read_json(generation) if os.path.lexists(generation) else {}
 
     repository = _repository(directory, raw)
     kind, threshold, reason, doubtful = _choose_ffn(fields, model_type, repository, ffn)
@@ -145,10 +146,13 @@ def _repository(directory: Path, raw: dict) -> str | None:
     """The known repository a checkpoint came from, by `_name_or_path`, directory name or Hugging Face cache folder."""
     places = (directory.absolute(), directory.resolve(), (directory / "config.json").resolve().parent)
     names = [str(raw.get("_name_or_path") or "").rstrip("/"), *(place.name for place in places)]
-    names += [folder.name for place in places for folder in place.parents if folder.name.startswith("models--")]
+    # Hugging Face's cache: models--owner--name/snapshots/revision, and blobs that its files are links to.
+    names += [place.parent.parent.name for place in places if place.parent.name == "snapshots"]
+    names += [place.parent.name for place in places if place.name == "blobs"]
+    known = {name.lower().rpartition("/")[2]: name for name in PRESETS}
     # Tools write owner/name as models--owner--name, owner__name and owner_name.
-    said = {_REPOSITORY.sub("", name.lower()) for name in names}
-    return next((name for name in PRESETS if name.lower().rpartition("/")[2] in said), None)
+    said = (_REPOSITORY.sub("", name.lower()) for name in names)
+    return next((known[name] for name in said if name in known), None)
 
 
 def _choose_ffn(

@@ -1,7 +1,9 @@
 """Typed access to the values of a config.json."""
 
-import math
 from typing import Any
+
+_LARGEST = 1e38
+"""What float32 has room for; no number of a configuration comes near it."""
 
 
 class Fields:
@@ -19,7 +21,7 @@ class Fields:
             if not optional:
                 self.missing.append(key)
             return None if optional else kind(2)
-        if isinstance(value, kind | int) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, kind | int) and not isinstance(value, bool) and abs(value) < _LARGEST:
             return kind(value)
         self.problems.append(f"{key} is {value!r}, not {'an integer' if kind is int else 'a number'}")
         return kind(2)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from convert.config import read_config
@@ -27,7 +28,7 @@ from convert.tensors import open_checkpoint, read_safetensors
 from jsparse.checkpoint import DTYPES
 from jsparse.config import FFNKind
 from jsparse.directories import read_path
-from jsparse.params import Params
+from jsparse.params import Params, check_params
 from jsparse.quantization import QuantizedRows
 from jsparse.settings import with_own_settings
 from jsparse.text.files import load_tokenizer
@@ -51,7 +52,7 @@ def from_huggingface(directory: str | Path, *, ffn: FFNKind | None = None, dtype
       ConversionError: the checkpoint is incomplete, corrupt, or not of a kind that is implemented.
     """
     directory = read_path(directory)
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         raise ConversionError(f"dtype is {dtype!r} and must be one of {', '.join(DTYPES)}")
     if not directory.is_dir():
         raise ConversionError(f"{directory} is not a directory")
@@ -65,7 +66,7 @@ def from_huggingface(directory: str | Path, *, ffn: FFNKind | None = None, dtype
             "FFN; fit jsparse's with python -m jsparse.calibrate."
         )
     config = reading.config
-    if config.tie_embeddings and not head_is_embedding(stored):
+    if config.tie_embeddings and not head_is_embedding(stored, config):
         logger.warning(
             "lm_head.weight differs from the embedding, to which config.json ties it: the stored one is used."
         )
@@ -100,6 +101,7 @@ def to_huggingface(params: Params, directory: str | Path) -> None:
     Raises:
       ConversionError: the directory exists, or no architecture has this combination of features.
     """
+    check_params(params)
     table = weight_table(params.config)
     dtype = stored_dtype(params.weights, table["model.embed_tokens.weight"]).name
     config = write_config(params.config, dtype)
@@ -108,7 +110,10 @@ def to_huggingface(params: Params, directory: str | Path) -> None:
         logger.warning("int8 matrices are written as float32, which Hugging Face directories have instead.")
     with new_directory(read_path(directory)) as temporary:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(arrays, temporary / "model.safetensors", {"format": "pt"})
+        try:
+            save_file(arrays, temporary / "model.safetensors", {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         written = read_safetensors(temporary / "model.safetensors")
         if damaged := [name for name, array in arrays.items() if not np.array_equal(written[name].read(), array)]:
             raise ConversionError(f"{directory}: the tensors cannot be read back: {listing(damaged)}")

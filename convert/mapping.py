@@ -125,11 +125,14 @@ def with_prefix(stored: dict[str, StoredTensor], config: ModelConfig) -> dict[st
     return {spelled[name]: tensor for name, tensor in stored.items()}
 
 
-def head_is_embedding(stored: Mapping[str, StoredTensor]) -> bool:
+def head_is_embedding(stored: Mapping[str, StoredTensor], config: ModelConfig) -> bool:
     """Whether a checkpoint's lm_head.weight, where there is one, holds what its embedding holds."""
     embed, head = (stored.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
-    if embed is None or head is None or embed.shape != head.shape:
-        return True  # a misshaped one is told of where shapes are compared
+    if embed is None or head is None:
+        return True
+    for tensor in (embed, head):
+        if tensor.shape != (config.vocab_size, config.hidden_size) or tensor.dtype.name not in _FLOATS:
+            return False  # which is told of where the tensors of the table are checked
     return all(np.array_equal(embed.read(rows), head.read(rows)) for rows in _blocks(embed.shape))
 
 

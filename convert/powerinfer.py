@@ -16,7 +16,7 @@ from convert.files import new_directory
 from convert.tensors import StoredTensor, import_torch, read_torch
 from jsparse.config import ModelConfig
 from jsparse.directories import read_path
-from jsparse.params import Params, Predictor
+from jsparse.params import Params, Predictor, check_params
 from jsparse.quantization import dequantize
 from jsparse.settings import with_own_settings
 
@@ -37,6 +37,7 @@ def export_predictors(params: Params, directory: str | Path) -> None:
       ConversionError: the model has no predictors, the directory exists, or PyTorch is not installed.
     """
     directory = read_path(directory)
+    check_params(params)
     if params.predictors is None:
         raise ConversionError("the model has no predictors to export; fit them first (jsparse.fit_predictors)")
     torch = import_torch(directory / "model_0.pt")
@@ -44,7 +45,10 @@ def export_predictors(params: Params, directory: str | Path) -> None:
         for layer, predictor in enumerate(params.predictors):
             arrays = (dequantize(predictor.a), dequantize(predictor.b), predictor.bias)
             state = {name: torch.from_numpy(np.array(array, np.float32)) for name, array in zip(_NAMES, arrays)}
-            torch.save(state, temporary / f"model_{layer}.pt")
+            try:
+                torch.save(state, temporary / f"model_{layer}.pt")
+            except RuntimeError as error:  # what a full disk makes PyTorch raise
+                raise OSError(str(error).partition("\n")[0]) from error
         import_predictors(temporary, params.config)
 
 
@@ -57,6 +61,8 @@ def import_predictors(directory: str | Path, config: ModelConfig) -> tuple[Predi
         ReLU, misshaped for the model, or hold NaN; every problem of every file is listed.
     """
     directory = read_path(directory)
+    if not isinstance(config, ModelConfig):
+        raise ConversionError(f"config is of type {type(config).__name__}; it must be a model's configuration")
     if not config.is_sparse:
         raise ConversionError(f"a {config.ffn_kind} model zeroes no neurons, so it has no use for predictors")
     numbers = {int(match[1]) for file in directory.glob("model_*.pt") if (match := _LAYER_FILE.fullmatch(file.name))}

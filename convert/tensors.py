@@ -85,7 +85,7 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -
     shards = sorted(set(weight_map.values()))
     if outside := [shard for shard in shards if Path(shard).name != shard]:
         raise ConversionError(f"{index} names files outside its own directory: {listing(outside)}")
-    if absent := [shard for shard in shards if not (index.parent / shard).is_file()]:
+    if absent := [shard for shard in shards if not os.path.isfile(index.parent / shard)]:
         raise ConversionError(f"{index} names shards that do not exist: {listing(absent)}")
 
     tensors: dict[str, StoredTensor] = {}
@@ -148,6 +148,8 @@ def read_torch(path: Path) -> dict[str, StoredTensor]:
         raise ConversionError(f"{path} is no PyTorch file of tensors alone, or is corrupt: {reason}") from None
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    if numbered := [repr(name) for name in content if not isinstance(name, str)]:
+        raise ConversionError(f"{path} names tensors by things that are no strings: {listing(numbered)}")
     if strange := [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]:
         raise ConversionError(f"{path} holds things that are not tensors: {listing(strange)}")
     kinds = {name: _strange_kind(torch, tensor) for name, tensor in content.items()}
@@ -175,7 +177,7 @@ def _numpy_dtype(dtype) -> np.dtype | None:
 
 def _torch_entry(torch: ModuleType, path: Path, tensor) -> StoredTensor:
     def read(index: Index = _ALL) -> np.ndarray:
-        part = tensor.detach()[index]
+        part = tensor.detach()[index].resolve_conj().resolve_neg()
         if part.dtype == torch.bfloat16:
             return part.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return part.numpy()

@@ -58,6 +58,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    _check_output()
     text = args.prompt
     if text == "-":
         try:
@@ -107,7 +108,13 @@ def describe(statistics: Statistics) -> str:
     )
 
 
+def _check_output() -> None:
+    if sys.stdout is None:
+        raise JsparseError("standard output is closed, and there the answer goes")
+
+
 def _info(args: argparse.Namespace) -> None:
+    _check_output()
     params = load(args.model, dtype=args.dtype, ffn=args.ffn)
     for name, value in describe_model(params).items():
         print(f"{name:>20}: {value}")

@@ -18,7 +18,7 @@ from jsparse.calibration_options import CalibrationOptions, LayerReport
 from jsparse.checkpoint import DEFAULT_MODEL, DTYPES, check_new, load, save
 from jsparse.commands import Parser, run_command
 from jsparse.config import SPARSE_KINDS
-from jsparse.directories import check_readable
+from jsparse.directories import check_pointer, read_path
 from jsparse.errors import JsparseError
 from jsparse.params import Params
 
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def calibrate(args: argparse.Namespace) -> None:
     """Run the command with parsed arguments."""
+    args.output = read_path(args.output, "--output")
     check_new(args.output, force=args.force)
     if args.plot:
         check_matplotlib()
@@ -111,7 +112,7 @@ def read_prompts(path: Path) -> list[Any]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             problems.append(f"line {number} is not JSON")
             continue
         if isinstance(entry, dict) and entry.get("text") == "" and "messages" not in entry:
@@ -136,7 +137,7 @@ def read_text(path: Path) -> str:
       JsparseError: the file cannot be read, or is no UTF-8 text.
     """
     content = path.read_bytes()
-    check_readable(path)
+    check_pointer(path, content)
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise JsparseError(f"{path}: is UTF-16 text; save it as UTF-8")
     try:

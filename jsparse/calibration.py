@@ -26,7 +26,7 @@ from jsparse.options import check_callback
 from jsparse.params import FFNWeights, Params, Predictor, check_params
 from jsparse.predictor import fit_low_bit
 from jsparse.quantization import Matrix, dequantize, take_rows
-from jsparse.settings import with_own_settings
+from jsparse.settings import each_with_own_settings, own_settings
 from jsparse.thresholds import fit_bias
 from jsparse.typing import Array, Float, Int
 
@@ -37,7 +37,6 @@ _LEVELS = 256
 _CAUTIOUS_LAYERS, _CAUTION = 2, 0.1
 
 
-@with_own_settings
 def fit_predictors(
     params: Params,
     texts: Sequence[Any] | str,
@@ -67,9 +66,10 @@ def fit_predictors(
     settings = CalibrationOptions(**options)
     settings.check(params.config)
     state_dir = None if state_dir is None else read_path(state_dir, "state_dir")
-    rows = make_rows(params, texts, settings)
+    with own_settings():
+        rows = make_rows(params, texts, settings)
     predictors = []
-    for predictor, report in fit_layers(params, rows, settings, state_dir):
+    for predictor, report in each_with_own_settings(fit_layers(params, rows, settings, state_dir)):
         predictors.append(predictor)
         if on_layer:
             on_layer(report)
@@ -85,7 +85,7 @@ def make_rows(params: Params, texts: Sequence[Any] | str, options: CalibrationOp
     config = params.config
     if isinstance(texts, str):
         texts = [texts]
-    if not isinstance(texts, list | tuple | np.ndarray):
+    if not isinstance(texts, list | tuple) and not (isinstance(texts, np.ndarray) and texts.ndim):
         raise JsparseError(f"texts is of type {type(texts).__name__}; it must be a text or a list of texts")
     bos = [] if config.bos_token_id is None else [config.bos_token_id]
     stream = np.concatenate([np.zeros(0, np.int64), *(_to_ids(params, text) for text in texts)])
@@ -223,7 +223,7 @@ def _run_block(
 
 
 def _to_ids(params: Params, text: Any) -> np.ndarray:
-    is_chat = isinstance(text, list | tuple) and bool(text) and isinstance(text[0], dict)
+    is_chat = isinstance(text, list | tuple) and bool(text) and all(isinstance(message, dict) for message in text)
     if isinstance(text, str) or is_chat:
         if params.tokenizer is None:
             raise JsparseError("this model has no tokenizer; give calibration texts as arrays of token ids")
@@ -232,7 +232,10 @@ def _to_ids(params: Params, text: Any) -> np.ndarray:
         answered = text[-1].get("role") == "assistant"
         ids = params.tokenizer.encode_chat(text, add_generation_prompt=not answered)
         return np.asarray(ids[ids[:1] == [params.config.bos_token_id] :], np.int64)
-    ids = np.asarray(text)
+    try:
+        ids = np.asarray(text)
+    except ValueError:  # lists of different lengths
+        ids = np.asarray(None)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise JsparseError(f"a calibration text must be a string, a chat or a 1-D array of token ids, not {type(text)}")
     return ids.astype(np.int64)

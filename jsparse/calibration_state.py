@@ -24,7 +24,10 @@ class CalibrationState:
 
     def __init__(self, directory: str | Path, params: Params, rows: np.ndarray, options: CalibrationOptions):
         self._directory = Path(directory)
-        self._directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise JsparseError(f"{self._directory}: cannot be written: {error.strerror or error}") from error
         self._config, self._options = params.config, options
         chosen = dataclasses.replace(options, rank=options.ranks(params.config))  # however they were given
         key = hashlib.sha256(json.dumps([params.config.to_dict(), dataclasses.asdict(chosen)], default=int).encode())

@@ -83,7 +83,7 @@ def load(directory: str | Path, *, dtype: str | None = None, ffn: str | None = N
       JsparseError: the path is missing, is not a checkpoint, or its content does not fit; the message says what.
     """
     path = DEFAULT_MODEL if isinstance(directory, str) and directory == "default" else read_path(directory)
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         raise JsparseError(f"dtype is {dtype!r} and must be one of {', '.join(DTYPES)}")
     try:
         path.stat()
@@ -121,6 +121,10 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
 def check_new(directory: str | Path, *, force: bool = False) -> None:
     """Raises: JsparseError: the directory exists and may not be replaced."""
     directory = Path(directory)
+    try:
+        directory.exists()
+    except OSError as error:
+        raise JsparseError(f"{directory}: {error.strerror or error}") from error
     if directory.exists() and not force:
         raise JsparseError(f"{directory} exists; choose another name, or replace it with --force (force=True)")
     if directory.exists() and not (directory / _MANIFEST).is_file() and not _is_empty(directory):

@@ -1,6 +1,7 @@
 """What every command shares: its way to end on a user's mistake."""
 
 import argparse
+import contextlib
 import io
 import os
 import signal
@@ -82,5 +83,6 @@ def _keep_compiled_programs() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full or closed stderr changes nothing of the exit code
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code

@@ -73,6 +73,8 @@ class ModelConfig:
             )
             if getattr(self, field) < 1
         ]
+        if self.context_length >= 2**31:
+            problems.append(f"context_length is {self.context_length}, more than positions of 32 bits can count")
         if self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads:
             problems.append(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:

@@ -49,7 +49,8 @@ def _set_modes(directory: Path) -> None:
     """Give all that is below the permissions that the directory has by the umask."""
     mode = directory.stat().st_mode & 0o777
     for path in directory.rglob("*"):
-        path.chmod(mode if path.is_dir() else mode & 0o666)
+        inherited = path.stat().st_mode & 0o7000
+        path.chmod(inherited | (mode if path.is_dir() else mode & 0o666))
 
 
 def _swap(new: Path, directory: Path) -> None:
@@ -75,10 +76,12 @@ def read_path(value: object, option: str = "the directory") -> Path:
     """
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
         raise JsparseError(f"{option} is {value!r}; it must be a path: a string or a pathlib.Path")
-    if not os.fspath(value) or "\0" in os.fspath(value):
-        raise JsparseError(f"{option} is {os.fspath(value)!r}, which is no path")
     try:
+        if not os.fspath(value) or b"\0" in os.fsencode(value):
+            raise JsparseError(f"{option} is {os.fspath(value)!r}, which is no path")
         return Path(value).expanduser()
+    except UnicodeEncodeError:
+        raise JsparseError(f"{option} is {os.fspath(value)!r}, which is no path") from None
     except RuntimeError as error:
         raise JsparseError(f"{value}: {error}") from None
 
@@ -105,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
     check_readable(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JsparseError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise JsparseError(f"{path} holds a JSON {type(content).__name__}, not an object")
@@ -116,8 +119,13 @@ def check_readable(path: Path) -> None:
     """Raise JsparseError if a file cannot be read, or is what git-lfs leaves in place of one that it did not fetch."""
     try:
         with open(path, "rb") as file:
-            is_pointer = file.read(len(_POINTER)) == _POINTER
+            begins = file.read(len(_POINTER))
     except OSError as error:
         raise JsparseError(f"{path} cannot be read: {error.strerror}") from None
-    if is_pointer:
+    check_pointer(path, begins)
+
+
+def check_pointer(path: Path, content: bytes) -> None:
+    """Raise JsparseError if a file with this content is a pointer of git-lfs."""
+    if content.startswith(_POINTER):
         raise JsparseError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository")

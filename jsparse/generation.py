@@ -190,8 +190,9 @@ def decode_chunk(
     def step(carry):
         i, state, tokens, counts = carry
         logits, caches, step_counts = decode_step(weights, predictors, state.token, state.position, state.caches, model)
+        fits = _are_finite(logits) & _hold(caches, state.position)
         chosen, keys = _choose(logits, state.keys, sampling)
-        finite = state.finite & (state.finished | _are_finite(logits))
+        finite = state.finite & (state.finished | fits)
         ended = state.finished | ~finite
         tokens = tokens.at[:, i].set(jnp.where(ended, PAD, chosen))
         counts = counts + jnp.sum(jnp.where(ended[:, None], 0, step_counts), axis=1)
@@ -221,6 +222,16 @@ _choose_jit = jax.jit(_choose)
 
 def _are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
     return jnp.all(jnp.isfinite(logits), axis=-1)
+
+
+def _hold(caches: tuple[KVCache, ...], position: Int[Array, "B"]) -> Bool[Array, "B"]:
+    """Whether the caches hold what was written at the position: float16 makes infinity of what is beyond it, and
+    attention then passes over a key without a trace in the logits."""
+    held = jnp.ones(position.shape, bool)
+    for side in (side for cache in caches for side in cache if side.dtype == jnp.float16):
+        newest = side[jnp.arange(position.size), position % side.shape[1]]
+        held &= jnp.all(jnp.isfinite(newest), axis=(1, 2))
+    return held
 
 
 def _ends(token, position, sampling, config):
@@ -311,7 +322,8 @@ class Decoding:
         position = self.model.config.context_length - self._room[number] + self._produced[number] - 1
         advice = "check its weights" if dtype == jnp.float32 else "load the model with dtype='float32'"
         raise JsparseError(
-            f"sequence {number}: the logits at position {position} are not finite; {where} (cache in {dtype}): {advice}"
+            f"sequence {number}: keys, values or logits at position {position} are not finite; {where} "
+            f"(cache in {dtype}): {advice}"
         )
 
     @property

@@ -22,7 +22,10 @@ def read_number(name: str, value: Any) -> float:
     """A number as Python's own. Raises: JsparseError: it is none."""
     if not is_number(value):
         raise JsparseError(f"{name} is {value!r}, which is no number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise JsparseError(f"{name} is a number of {len(str(value))} digits, which is too large") from None
 
 
 def read_whole(name: str, value: Any) -> int:

@@ -11,14 +11,13 @@ from jsparse.ffn.select import select_executor
 from jsparse.generation import CHUNK, Decoding, Sampling
 from jsparse.options import check_callback, check_flag, is_whole, read_number, read_whole
 from jsparse.params import Params, check_params
-from jsparse.settings import each_with_own_settings, with_own_settings
+from jsparse.settings import each_with_own_settings, own_settings
 from jsparse.statistics import PAD, Statistics
 from jsparse.text.completion import TextCompletion, TokenCompletion
 
 _STREAM_STEPS = 4
 
 
-@with_own_settings
 def generate(
     params: Params,
     prompt: Any,
@@ -65,11 +64,14 @@ def generate(
         and why.
     """
     check_params(params)
-    prompts, single, is_text = _read_prompts(params, prompt, tools)
+    if tools is not None and not isinstance(tools, list | tuple):
+        raise JsparseError(f"tools is {tools!r}; it must be a list")
+    with own_settings():
+        prompts, single, is_text = _read_prompts(params, prompt, tools)
     check_flag("stream", stream)
     check_flag("sparse", sparse, optional=True)
     check_callback("on_finish", on_finish)
-    stops = [stop] if isinstance(stop, str) else stop or []
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list | tuple) or not all(isinstance(text, str) for text in stops):
         raise JsparseError(f"stop is {stop!r}; it must be a string or a list of strings")
     if stops and not is_text:
@@ -88,36 +90,43 @@ def generate(
         raise JsparseError("sparse=True needs predictors; fit them with jsparse.fit_predictors or jsparse.calibrate")
     if not is_whole(seed) or not -(2**31) <= seed < 2**31:
         raise JsparseError(f"seed is {seed}; it must be a 32-bit integer")
+    chosen = {"temperature": read_number("temperature", temperature), "top_p": read_number("top_p", top_p)}
+    chosen["top_k"] = None if top_k is None else read_whole("top_k", top_k)
 
-    sampling = Sampling.create(
-        params.config,
-        temperature=read_number("temperature", temperature),
-        top_k=None if top_k is None else read_whole("top_k", top_k),
-        top_p=read_number("top_p", top_p),
-    )
-    decoding = Decoding(
-        params,
-        prompts,
-        sampling,
-        max_new_tokens=int(max_new_tokens),
-        seed=int(seed),
-        executor=select_executor(executor),
-        sparse=params.predictors is not None if sparse is None else sparse,
-        pipeline=pipeline,
-    )
+    with own_settings():
+        decoding = Decoding(
+            params,
+            prompts,
+            Sampling.create(params.config, **chosen),
+            max_new_tokens=int(max_new_tokens),
+            seed=int(seed),
+            executor=select_executor(executor),
+            sparse=params.predictors is not None if sparse is None else sparse,
+            pipeline=pipeline,
+        )
     make = (lambda ids: TextCompletion(params.tokenizer, ids, stops)) if is_text else (lambda ids: TokenCompletion())
     outputs = [make(ids) for ids in prompts]
-    steps = _STREAM_STEPS if stream else CHUNK
-    pieces = _run(decoding, outputs, steps, on_finish)
+    pieces = each_with_own_settings(_run(decoding, outputs, _STREAM_STEPS if stream else CHUNK))
     if stream:
-        return (piece for (piece,) in each_with_own_settings(pieces) if len(piece))
+        return _stream(pieces, decoding, on_finish)
     for _ in pieces:
         pass
+    if on_finish:
+        on_finish(decoding.statistics)
     results = [output.value() for output in outputs]
     return results[0] if single else results
 
 
-def _run(decoding: Decoding, outputs: list, steps: int, on_finish) -> Iterator[list]:
+def _stream(pieces: Iterator[list], decoding: Decoding, on_finish: Callable[[Statistics], None] | None) -> Iterator:
+    """The pieces of a single completion that are not empty."""
+    for (piece,) in pieces:
+        if len(piece):
+            yield piece
+    if on_finish:
+        on_finish(decoding.statistics)
+
+
+def _run(decoding: Decoding, outputs: list, steps: int) -> Iterator[list]:
     tokens = decoding.first()
     while True:
         last = decoding.done
@@ -135,8 +144,6 @@ def _run(decoding: Decoding, outputs: list, steps: int, on_finish) -> Iterator[l
         context = decoding.model.config.context_length
         message = "%s ended before max_new_tokens: the context of %d tokens is full"
         logging.getLogger("jsparse").warning(message, what, context)
-    if on_finish:
-        on_finish(decoding.statistics)
 
 
 def _read_prompts(params: Params, prompt: Any, tools: Sequence[Any] | None) -> tuple[list[list[int]], bool, bool]:
@@ -152,6 +159,8 @@ def _read_prompts(params: Params, prompt: Any, tools: Sequence[Any] | None) -> t
     if not items:
         raise JsparseError("the prompt is empty")
     kinds = {_kind(item) for item in items}
+    if tools and kinds != {"chat"}:
+        raise JsparseError("tools need chats: lists of messages, which the chat template tells of them")
     if None in kinds or kinds > {"ids"}:
         raise JsparseError("a list of prompts must hold texts, chats (lists of messages) or 1-D arrays of token ids")
     is_text = "ids" not in kinds

@@ -29,6 +29,7 @@ def own_settings() -> Iterator[None]:
             jax.threefry_partitionable(True),
             jax.debug_nans(False),
             jax.debug_infs(False),
+            jax.debug_key_reuse(False),
         ):
             stack.enter_context(setting)
         yield

@@ -106,10 +106,10 @@ def test_a_sequence_that_overflows_while_decoding_ends_there(executor, tmp_path)
     params = overflows_after(tmp_path, "Abcdefgh")
     pieces = jsparse.generate(params, "A", max_new_tokens=20, executor=executor, stream=True)
     got = []
-    with pytest.raises(jsparse.JsparseError, match=r"sequence 0: the logits at position 7 are not finite"):
+    with pytest.raises(jsparse.JsparseError, match=r"sequence 0: keys, values or logits at position 7 are not finite"):
         got.extend(pieces)
     assert "".join(got) == "bcdefgh"
-    with pytest.raises(jsparse.JsparseError, match=r"sequence 1: the logits at position 5"):
+    with pytest.raises(jsparse.JsparseError, match=r"sequence 1: keys, values or logits at position 5"):
         jsparse.generate(params, ["x", "cdefg", "c"], max_new_tokens=20, executor=executor)
 
 

@@ -84,7 +84,7 @@ class Vocabulary:
         return self._known[token]
 
     def _difference(self, token: int, context: list[int]) -> bytes:
-        before = self._backend.decode(context, skip_special_tokens=False)
+        before = self._backend.decode(context, skip_special_tokens=False) if context else ""
         return self._backend.decode([*context, token], skip_special_tokens=False)[len(before) :].encode()
 
 

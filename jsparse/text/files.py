@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from jsparse.directories import check_readable, read_json
 from jsparse.errors import JsparseError
 from jsparse.text.sentencepiece_model import is_sentencepiece, read_sentencepiece
-from jsparse.text.tokenizer import Tokenizer
+from jsparse.text.tokenizer import Tokenizer, library_errors
 
 _ADDS_BOS = {
     "LlamaTokenizer": True,
@@ -32,6 +32,13 @@ _LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer")
 _CLASSES = {"qwen2": "Qwen2Tokenizer"}
 """Tokenizer class by model type where no file declares one; every other family's is Llama's."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _OTHERS = ("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "qwen.tiktoken")
 
 
@@ -48,19 +55,16 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
         return None
     # Without PyTorch transformers advises to install it; tokenizers need none.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    for path in present:
+    beside = [directory / name for name in _BESIDE if os.path.lexists(directory / name)]
+    for path in (*present, *beside, *directory.glob("additional_chat_templates/*.jinja")):
         check_readable(path)
     config = _read_config(directory)
     declared = _declared_class(directory, config)
     log = logging.getLogger("transformers")
     before, log.disabled = log.disabled, True  # its advice is for callers of transformers
     try:
-        return Tokenizer(_load(present, declared, config))
-    except JsparseError:
-        raise
-    except Exception as error:  # transformers raises whatever its parsers do
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise JsparseError(f"{present[0]}: the tokenizer cannot be read: {reason}") from error
+        with library_errors(f"{present[0]}: the tokenizer cannot be read"):
+            return Tokenizer(_load(present, declared, config))
     finally:
         log.disabled = before
 
@@ -110,7 +114,7 @@ def _load(present: list[Path], declared: str, config: dict[str, Any]):
     add_bos, add_eos = config.get("add_bos_token", _ADDS_BOS.get(declared)), config.get("add_eos_token", False)
     if declared in _ADDS_BOS:
         _set_post_processor(tokenizer, add_bos, add_eos)
-    elif present[0].name == "vocab.json":
+    elif present[0].name == "vocab.json" and declared in ("GPT2Tokenizer", "Qwen2Tokenizer"):
         _set_post_processor(tokenizer, add_bos and declared == "GPT2Tokenizer", False)
     return tokenizer
 
@@ -119,7 +123,7 @@ def _pipeline(present: list[Path], declared: str, config: dict[str, Any]) -> Bac
     """The pipeline of the files that are there, or None for tokenizer.json, which transformers reads itself."""
     files = {path.name: path for path in present}
     # Version 4 builds a Llama tokenizer anew where its config says anything about the space before a text.
-    anew = declared in _LLAMA and config.get("add_prefix_space") is not None
+    anew = declared == "LlamaTokenizer" and config.get("add_prefix_space") is not None
     if "tokenizer.model" in files and (anew or "tokenizer.json" not in files):
         return _read_model(files["tokenizer.model"], config)
     if "tokenizer.json" in files:

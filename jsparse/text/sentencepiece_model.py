@@ -36,12 +36,18 @@ def read_sentencepiece(path: Path, add_prefix_space: bool | None = None, *, lega
       legacy: put it also behind every special token inside a text.
 
     Raises:
-      JsparseError: the model is of a type other than BPE and unigram.
+      JsparseError: the model is neither BPE nor unigram, or treats spaces in a way that is not implemented.
     """
     from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
     proto = SentencePieceExtractor(str(path)).proto
     trainer, spec = proto.trainer_spec, proto.normalizer_spec
+    if trainer.treat_whitespace_as_suffix:
+        raise JsparseError(f"{path}: SentencePiece models with spaces behind words are not implemented")
+    if spec.remove_extra_whitespaces and any(piece.type == _USER_DEFINED for piece in proto.pieces):
+        raise JsparseError(
+            f"{path}: SentencePiece models that remove spaces around their own symbols are not implemented"
+        )
     prefix = spec.add_dummy_prefix if add_prefix_space is None else add_prefix_space
     tokenizer = Tokenizer(_model(path, proto))
     tokenizer.add_tokens(

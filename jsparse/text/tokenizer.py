@@ -1,13 +1,27 @@
 """Text to token ids and back, through the checkpoint's own tokenizer files and chat template."""
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsparse.errors import JsparseError
 from jsparse.text.detokenizer import Detokenizer, Vocabulary
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@contextlib.contextmanager
+def library_errors(doing: str) -> Iterator[None]:
+    """Say in a sentence what a library raises, panics of those in Rust too, which are no `Exception`."""
+    try:
+        yield
+    except (JsparseError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise JsparseError(f"{doing}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 class Tokenizer:
@@ -28,10 +42,10 @@ class Tokenizer:
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Ids of a text, with the special tokens the checkpoint puts before a prompt."""
-        try:
+        if _LONE_SURROGATE.search(text):
+            raise JsparseError("the prompt or text has characters that are not valid Unicode")
+        with library_errors("the tokenizer cannot encode the text"):
             return self._backend.encode(text, add_special_tokens=special_tokens, verbose=False)
-        except TypeError as error:  # what the tokenizers library raises for lone surrogates
-            raise JsparseError("the prompt or text has characters that are not valid Unicode") from error
 
     def encode_chat(
         self,
@@ -55,7 +69,7 @@ class Tokenizer:
         conversation = [_read_message(message) for message in messages]
         if not self._backend.chat_template:
             raise JsparseError("this tokenizer has no chat template; write the prompt as text")
-        try:
+        with library_errors("the chat template refuses the messages"):  # a template may raise anything
             if tools and not _takes_tools(self._backend.get_chat_template(tools=tools)):
                 raise JsparseError("this tokenizer's chat template takes no tools; describe them in a message")
             text = self._backend.apply_chat_template(
@@ -64,10 +78,6 @@ class Tokenizer:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except JsparseError:
-            raise
-        except Exception as error:  # a template may raise anything, and does for roles that it does not know
-            raise JsparseError(f"the chat template refuses the messages: {error}") from error
         return self.encode(text, special_tokens=False)
 
     def detokenizer(self, after: Iterable[int] = ()) -> Detokenizer:
@@ -89,7 +99,10 @@ class Tokenizer:
         nothing anew, and the chat template is in the file where all versions look for it.
         """
         directory = Path(directory)
-        self._backend.save_pretrained(str(directory), save_jinja_files=False)
+        try:
+            self._backend.save_pretrained(str(directory), save_jinja_files=False)
+        except Exception as error:  # the tokenizers library's own, for a full disk too
+            raise OSError(str(error)) from error
         path = directory / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         for key in ("backend", "is_local", "local_files_only", "auto_map"):
@@ -136,6 +149,6 @@ def _read_call(call: dict[str, Any]) -> dict[str, Any]:
         return call
     try:
         arguments = json.loads(function["arguments"] or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JsparseError(f"the arguments of tool call {call!r} are not JSON: {error}") from None
     return {**call, "function": {**function, "arguments": arguments}}
