@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -64,6 +65,8 @@ def _missing_device() -> str | None:
 
 def _keep_compiled_programs() -> None:
     """Compile a model's decode step once, not at every command. JAX_COMPILATION_CACHE_DIR names another place."""
+    # A disk that is full by then costs the time to compile again, which is no news to a user.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     named = jax.config.jax_compilation_cache_dir

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,10 @@ def test_a_head_that_is_not_the_tied_embedding(tmp_path, caplog):
     assert not params.config.tie_embeddings
     np.testing.assert_allclose(logits(params), transformers_logits(directory), atol=2e-5)
     caplog.clear()
+    for number, head in enumerate((torch.randn(66, 32), torch.tensor(1.0), torch.randn(64, 32).to(torch.float8_e5m2))):
+        with pytest.raises(ConversionError, match=r"lm_head\.weight is"):
+            jsparse.load(write(tmp_path / f"bad{number}", tied, tensors | {"lm_head.weight": head}))
+    caplog.clear()
     same = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     assert jsparse.load(write(tmp_path / "same", tied, same)).config.tie_embeddings
     assert "lm_head" not in caplog.text
@@ -280,9 +286,103 @@ def test_a_checkpoint_is_recognised_wherever_it_lies(place, tmp_path, monkeypatc
     assert from_huggingface(directory).config.ffn_kind == "drelu"
 
 
+@pytest.mark.parametrize("folder", ["my-relu-qwen", "finetunes/mine"])
+def test_what_lies_beside_a_cache_is_not_the_cached_checkpoint(folder, tmp_path):
+    directory = tmp_path / "models--Tiiny--SparseQwen2-7B" / folder
+    assert from_huggingface(write(directory, SPARSEQWEN2, random_tensors(SPARSEQWEN2))).config.ffn_kind == "reglu"
+
+
+def test_the_name_inside_a_config_comes_before_its_folder(tmp_path):
+    config = ROWS["SparseLLM/prosparse-llama-2-7b"] | {"_name_or_path": "openbmb/MiniCPM-S-1B-sft"}
+    del config["hidden_act_param"]
+    (tmp_path / "prosparse-llama-2-7b").mkdir()
+    (tmp_path / "prosparse-llama-2-7b" / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path / "prosparse-llama-2-7b").config.ffn_threshold == 0.03
+
+
 def test_another_name_that_ends_alike_is_not_recognised(tmp_path):
     directory = write(tmp_path / "notSparseQwen2-7B", SPARSEQWEN2, random_tensors(SPARSEQWEN2))
     assert from_huggingface(directory).config.ffn_kind == "reglu"
+
+
+@pytest.mark.parametrize("key", [0, None, ("a", "b")])
+def test_tensors_under_names_that_are_no_strings(key, tmp_path):
+    directory = write(tmp_path / "m", LLAMA, random_tensors(LLAMA), files="bin")
+    torch.save({key: torch.zeros(1)}, directory / "pytorch_model.bin")
+    with pytest.raises(ConversionError, match="names tensors by things that are no strings"):
+        jsparse.load(directory)
+
+
+def test_tensors_that_are_views_with_a_sign(tmp_path):
+    tensors = random_tensors(LLAMA)
+    name = "model.layers.0.mlp.up_proj.weight"
+    negated = torch.complex(torch.zeros_like(tensors[name]), -tensors[name]).conj().imag
+    assert negated.is_neg()
+    directory = write(tmp_path / "m", LLAMA, tensors | {name: negated}, files="bin")
+    plain = write(tmp_path / "p", LLAMA, tensors, files="bin")
+    np.testing.assert_array_equal(logits(jsparse.load(directory)), logits(jsparse.load(plain)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_theta": 10**400}, "rope_theta is"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is"),
+        ({"max_position_embeddings": 2**31}, "context_length is"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e30}}, "context_length is"),
+    ],
+)
+def test_numbers_that_are_too_large(changes, said, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | changes))
+    with pytest.raises(ConversionError, match=said):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_json_that_never_ends(name, tmp_path):
+    directory = written(tmp_path, LLAMA)
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / name).write_text('{"a": ' * 100_000)
+    with pytest.raises(jsparse.JsparseError, match=f"{name} is not valid JSON"):
+        jsparse.load(directory)
+
+
+def test_stop_tokens_behind_a_dangling_link(tmp_path):
+    directory = written(tmp_path, LLAMA)
+    (directory / "generation_config.json").symlink_to("nowhere")
+    with pytest.raises(ConversionError, match=r"generation_config\.json cannot be read"):
+        jsparse.load(directory)
+
+
+def test_shards_with_names_that_no_file_can_have(tmp_path):
+    directory = written(tmp_path, LLAMA, files="safetensors-shards")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 300}}))
+    with pytest.raises(ConversionError, match="names shards that do not exist"):
+        jsparse.load(directory)
+
+
+@pytest.mark.parametrize("option", ["--to-huggingface", "--export-predictors"])
+def test_a_full_disk_is_a_sentence(option, tmp_path, tiny_fitted):
+    jsparse.save(tiny_fitted, tmp_path / "m")
+    command = f"ulimit -f 1; exec {sys.executable} -m convert {tmp_path / 'm'} {tmp_path / 'o'} {option}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_paths_of_the_home_directory_in_commands(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own"
+    jsparse.save(jsparse.load(written(tmp_path, LLAMA)), own)
+    with pytest.raises(SystemExit) as caught:
+        convert_main([str(own), "~/own", "--force"])
+    assert caught.value.code == 2
+    convert_main(["~/own", "~/o", "--to-huggingface"])
+    assert (tmp_path / "o" / "config.json").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_int8_becomes_float32_with_a_word(tmp_path, capsys):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ import torch
 import transformers
 from checkpoints import ROWS, random_tensors, write
 from conftest import TINY, random_params
+from safetensors.numpy import load_file, save_file
 from test_generation import byte_tokenizer
 from tokenizer_files import LLAMA, byte_fallback, byte_level, write_scripted, write_tokenizer
 
+import convert
 import jsparse
 from jsparse import generation
 from jsparse.calibrate import read_prompts
@@ -128,6 +131,31 @@ def test_a_cache_that_cannot_hold_what_comes_says_so(tmp_path, monkeypatch):
         jsparse.generate(params, PROMPT, max_new_tokens=12, executor="xla")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_key_that_float16_loses_while_decoding_is_not_passed_over(dtype, tmp_path):
+    """An infinite key has a score of minus infinity: attention passes over it and the logits stay finite."""
+    tokenizer = byte_level()
+    script = tokenizer.encode("A ok!\nBcdefg").ids
+    directory = write_scripted(tmp_path / "m", script, 264)
+    tensors = load_file(directory / "model.safetensors")
+    attention = "model.layers.0.self_attn."
+    loud = tokenizer.encode("B").ids[0]
+    for head in range(4):
+        tensors[f"{attention}k_proj.weight"][head * 66 + 32, loud] = 6000
+        tensors[f"{attention}q_proj.weight"][head * 66 + 32] = -1e-7
+    tensors[f"{attention}v_proj.weight"][loud, loud] = 50
+    tensors[f"{attention}o_proj.weight"] = np.eye(264, dtype=np.float32)
+    save_file(tensors, directory / "model.safetensors")
+    write_tokenizer(directory, tokenizer, {"tokenizer_class": "Qwen2Tokenizer"})
+    right = jsparse.generate(jsparse.load(directory, dtype=dtype), "A", max_new_tokens=12)
+    assert right == " ok!\nBcccccc"
+    with pytest.raises(jsparse.JsparseError, match=r"keys, values or logits at position 6 .*layer 0.*cache in float16"):
+        jsparse.generate(jsparse.load(directory, dtype="float16"), "A", max_new_tokens=12)
+    # In a prompt it is seen in time: the cache is float32.
+    short = jsparse.generate(jsparse.load(directory, dtype="float16"), "A ok!\nB", max_new_tokens=5)
+    assert short == "ccccc"
+
+
 @pytest.mark.parametrize(
     "options",
     [{"temperature": value} for value in (None, "1", [0.5], True, 1j)]
@@ -140,7 +168,9 @@ def test_a_cache_that_cannot_hold_what_comes_says_so(tmp_path, monkeypatch):
     + [{"executor": value} for value in (None, 3, ["cpu"])]
     + [{"pipeline": value} for value in (None, ["sequential"])]
     + [{"on_finish": value} for value in (3, "print")]
-    + [{"stop": value} for value in (3, [None], {"a": 1}, [b"a"])],
+    + [{"stop": value} for value in (3, 0, [None], {"a": 1}, [b"a"], np.array(["a"]))]
+    + [{"tools": value} for value in (5, "add", [{"type": "function"}])]
+    + [{"temperature": 10**400}, {"top_p": 10**400}],
     ids=str,
 )
 def test_options_of_the_wrong_type(options, default):
@@ -148,6 +178,15 @@ def test_options_of_the_wrong_type(options, default):
         jsparse.generate(default, "a", **({"max_new_tokens": 2} | options))
     assert next(iter(options)) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+MIXED_TEXTS = ([[{"role": "user", "content": "a"}, "b"]], [[[1, 2], [3]]], [3], [[0.5]])
+
+
+@pytest.mark.parametrize("texts", MIXED_TEXTS, ids=str)
+def test_texts_of_mixed_kinds(texts, default):
+    with pytest.raises(jsparse.JsparseError, match="a calibration text must be"):
+        jsparse.fit_predictors(default, texts)
 
 
 FIT = """
@@ -161,7 +200,7 @@ for options in (
     {"sparsity": "0.9"}, {"sparsity": None}, {"tokens": "x"}, {"tokens": 100.5}, {"seed": None}, {"seed": 0.5},
     {"whiten": "no"}, {"center": 1}, {"refit": None}, {"bias": None}, {"importance": 3}, {"silenced": ["spare"]},
     {"on_layer": 3}, {"state_dir": 3}, {"texts": None}, {"texts": 3}, {"texts": {"a": 1}}, {"texts": b"text"},
-    {"params": None}, {"params": "default"}, {"params": {}},
+    {"params": None}, {"params": "default"}, {"params": {}}, {"texts": np.array("abc")}, {"state_dir": "\\ud800"},
 ):
     try:
         jsparse.fit_predictors(**({"params": params, "texts": tokens} | options))
@@ -178,14 +217,26 @@ def test_calibration_options_of_the_wrong_type(tiny, tmp_path):
     """In a process of its own: here annotations are checked before the function is."""
     jsparse.save(tiny, tmp_path / "m")
     done = subprocess.run([sys.executable, "-c", FIT, str(tmp_path / "m")], capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["refused"] * 26, done.stderr
+    assert done.stdout.splitlines() == ["refused"] * 28, done.stderr
 
 
 @pytest.mark.parametrize("params", [None, "default", {}], ids=str)
 def test_models_that_are_none(params, tmp_path):
-    for call in (lambda: jsparse.generate(params, "a"), lambda: jsparse.save(params, tmp_path / "m")):
+    for call in (
+        lambda: jsparse.generate(params, "a"),
+        lambda: jsparse.save(params, tmp_path / "m"),
+        lambda: convert.to_huggingface(params, tmp_path / "m"),
+        lambda: convert.export_predictors(params, tmp_path / "m"),
+    ):
         with pytest.raises(jsparse.JsparseError, match="must be a model from"):
             call()
+
+
+def test_a_state_directory_that_cannot_be_made(tiny, tiny_tokens, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / ("a" * 300)):
+        with pytest.raises(jsparse.JsparseError, match="cannot be written"):
+            jsparse.fit_predictors(tiny, tiny_tokens, rank=4, state_dir=path)
 
 
 def test_numbers_of_numpy_are_numbers(default):
@@ -257,6 +308,7 @@ def test_prompt_files_as_programs_write_them(name, tmp_path):
         (b'{"text": null}', "line 1 has neither"),
         (b'{"text": "", "messages": 3}', "line 1 has neither"),
         (b'{"messages": []}', "line 1 has neither"),
+        (b'{"text": ' + b"[" * 100_000, "line 1 is not JSON"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
     ],
 )
@@ -305,3 +357,38 @@ def test_tokenizers_of_python_still_save(tmp_path):
     params = dataclasses.replace(random_params(dataclasses.replace(TINY, vocab_size=257)), tokenizer=byte_tokenizer())
     jsparse.save(params, tmp_path / "m")
     assert jsparse.load(tmp_path / "m").tokenizer.encode("é") == params.tokenizer.encode("é")
+
+
+def test_prompts_from_a_pipe_are_read_once(tmp_path):
+    os.mkfifo(tmp_path / "p.jsonl")
+    line = json.dumps({"text": TEXT})
+    writer = subprocess.Popen([sys.executable, "-c", f"open({str(tmp_path / 'p.jsonl')!r}, 'w').write({line!r})"])
+    assert read_prompts(tmp_path / "p.jsonl") == [TEXT]
+    assert writer.wait() == 0
+
+
+def test_a_closed_output_is_no_success(speaker):
+    command = [sys.executable, "-m", "jsparse", "generate", str(speaker), "A", "--max-new-tokens", "2"]
+    closed = subprocess.run(f"{' '.join(map(repr, command))} >&-", shell=True, stderr=subprocess.PIPE, text=True)
+    assert closed.returncode == 2
+    assert "standard output is closed" in closed.stderr
+    full = subprocess.run(f"{sys.executable} -m jsparse info nowhere 2>/dev/full", shell=True)
+    assert full.returncode == 2
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udcffb"])
+def test_lone_surrogates_are_named(text, default):
+    with pytest.raises(jsparse.JsparseError, match="not valid Unicode"):
+        jsparse.generate(default, text)
+
+
+def test_callbacks_run_under_the_settings_of_the_caller(default, tiny, tiny_tokens):
+    seen = []
+    with jax.enable_x64(True):
+        jsparse.generate(default, "a", max_new_tokens=3, on_finish=lambda _: seen.append(jax.config.jax_enable_x64))
+        pieces = jsparse.generate(
+            default, "a", max_new_tokens=3, stream=True, on_finish=lambda _: seen.append(jax.config.jax_enable_x64)
+        )
+        list(pieces)
+        jsparse.fit_predictors(tiny, tiny_tokens, rank=4, on_layer=lambda _: seen.append(jax.config.jax_enable_x64))
+    assert seen == [True] * (2 + tiny.config.num_layers)

@@ -24,6 +24,7 @@ SETTINGS = {
     "jax_threefry_partitionable": False,
     "jax_debug_nans": True,
     "jax_debug_infs": True,
+    "jax_debug_key_reuse": True,
 }
 RUN = """
 import json, sys

@@ -131,7 +131,7 @@ def test_the_home_directory(small, tmp_path, monkeypatch):
     assert (tmp_path / "m").is_dir()
 
 
-BAD_PATHS = (None, 3, 1.5, b"m", ["m"], "", "a\0b")
+BAD_PATHS = (None, 3, 1.5, b"m", ["m"], "", "a\0b", "\ud800")
 
 
 @pytest.mark.parametrize("path", BAD_PATHS, ids=repr)
@@ -145,6 +145,12 @@ def test_paths_that_are_none(path, small):
     ):
         with pytest.raises(jsparse.JsparseError, match=r"must be a path|is no path"):
             call()
+
+
+def test_names_that_are_too_long(small, tmp_path):
+    for call in (lambda path: jsparse.save(small, path), jsparse.load):
+        with pytest.raises(jsparse.JsparseError, match=r"(?i)file name too long"):
+            call(tmp_path / ("a" * 300))
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])

@@ -14,6 +14,7 @@ import transformers
 from real_tokenizers import LLAMA, SENTENCEPIECE, SMOLLM2, TEKKEN, packaged, write_tekken
 from texts import CHATS, TEXTS
 from tokenizer_files import ALPHABET, byte_fallback, byte_level, train_sentencepiece, write_tokenizer
+from tokenizers import Tokenizer, models
 
 import jsparse
 from jsparse.text.files import load_tokenizer
@@ -318,3 +319,58 @@ def test_what_is_saved_names_a_class_that_both_versions_read(tmp_path):
     assert {path.name for path in (tmp_path / "saved").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert [auto.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"]
+)
+@pytest.mark.parametrize("kind", ["pointer", "dangling link", "directory"])
+def test_files_beside_a_tokenizer_that_cannot_be_read_are_named(name, kind, tmp_path):
+    directory = write_tokenizer(tmp_path / "m", byte_fallback())
+    if kind == "pointer":
+        (directory / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif kind == "directory":
+        (directory / name).mkdir()
+    else:
+        (directory / name).symlink_to("nowhere")
+    with pytest.raises(jsparse.JsparseError, match=rf"{name} (is a git-lfs pointer|cannot be read)"):
+        load_tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"treat_whitespace_as_suffix": True}, "spaces behind words"),
+        ({"remove_extra_whitespaces": True, "user_defined_symbols": ["<sep>"]}, "remove spaces around"),
+        ({"model_type": "char", "byte_fallback": False}, "other than BPE and unigram"),
+    ],
+)
+def test_model_files_of_kinds_that_are_not_implemented(options, said, tmp_path):
+    (tmp_path / "m").mkdir()
+    train_sentencepiece(tmp_path / "m" / "tokenizer.model", **options)
+    with pytest.raises(jsparse.JsparseError, match=said):
+        load_tokenizer(write_tokenizer(tmp_path / "m", None, LLAMA))
+
+
+def test_what_makes_the_library_panic_is_a_sentence(tmp_path):
+    directory = write_tokenizer(tmp_path / "m", byte_fallback())
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(jsparse.JsparseError, match=r"tokenizer\.json: the tokenizer cannot be read") as caught:
+        load_tokenizer(directory)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_a_tokenizer_cannot_encode_is_a_sentence(tmp_path):
+    backend = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    directory = write_tokenizer(tmp_path / "m", backend, {"tokenizer_class": "PreTrainedTokenizerFast"})
+    with pytest.raises(jsparse.JsparseError, match="the tokenizer cannot encode the text"):
+        load_tokenizer(directory).encode("b")
+
+
+def test_code_llama_reads_tokenizer_json_whatever_the_config_says_of_spaces(tmp_path):
+    (tmp_path / "m").mkdir()
+    train_sentencepiece(tmp_path / "m" / "tokenizer.model")
+    config = {"tokenizer_class": "CodeLlamaTokenizer", "add_prefix_space": True}
+    assert load_tokenizer(write_tokenizer(tmp_path / "m", byte_fallback(), config)).encode("hi") == [1, *HI]
