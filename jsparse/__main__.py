@@ -29,14 +29,18 @@ def main(argv: list[str] | None = None) -> None:
     _add_model(command)
     command.add_argument("prompt", help="text, or - to read standard input")
     command.add_argument("--chat", action="store_true", help="send the prompt through the chat template")
-    command.add_argument("--max-new-tokens", type=int, default=128)
-    command.add_argument("--temperature", type=float, default=0.0)
-    command.add_argument("--top-k", type=int)
-    command.add_argument("--top-p", type=float, default=1.0)
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--max-new-tokens", type=int, default=128, help="most tokens to add (default %(default)s)")
+    command.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the most likely token")
+    command.add_argument("--top-k", type=int, help="draw among this many of the most likely tokens (default: all)")
+    command.add_argument(
+        "--top-p", type=float, default=1.0, help="draw among the fewest with this probability together"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the random draws (default %(default)s)")
     command.add_argument("--stop", action="append", default=[], help="end at this text; may be repeated")
     command.add_argument("--dense", action="store_true", help="decode densely even where predictors are fitted")
-    command.add_argument("--executor", choices=("auto", *EXECUTORS), default="auto")
+    command.add_argument(
+        "--executor", choices=("auto", *EXECUTORS), default="auto", help="what computes; auto takes the first that can"
+    )
     command.set_defaults(run=_generate)
 
     command = commands.add_parser("calibrate", help="fit predictors for a model")

@@ -42,12 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, default=defaults.bits, help="16, 8 or 4 (default %(default)s)")
     parser.add_argument("--sparsity", type=float, default=defaults.sparsity, help="share of the zeros to skip, 0 to 1")
     parser.add_argument("--tokens", type=int, default=defaults.tokens, help="calibration tokens (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="chooses the tokens (default %(default)s)")
     parser.add_argument("--no-whiten", dest="whiten", action="store_false", help="plain SVD of the gate (ablation)")
     parser.add_argument("--no-center", dest="center", action="store_false", help="keep the data's mean (ablation)")
     parser.add_argument("--no-refit", dest="refit", action="store_false", help="keep the SVD's b as it is (ablation)")
     parser.add_argument("--bias", choices=("neuron", "layer", "none"), default=defaults.bias, help="thresholds")
-    parser.add_argument("--importance", choices=("gate", "hidden", "output"), default=defaults.importance)
+    parser.add_argument(
+        "--importance",
+        choices=("gate", "hidden", "output"),
+        default=defaults.importance,
+        help="cost of a skip (ablation)",
+    )
     parser.add_argument(
         "--silenced", choices=("spare", "stop"), default=defaults.silenced, help="rule for rare neurons"
     )
@@ -136,7 +141,10 @@ def read_text(path: Path) -> str:
     Raises:
       JsparseError: the file cannot be read, or is no UTF-8 text.
     """
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise JsparseError(f"{path}: {error.strerror}") from error
     check_pointer(path, content)
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise JsparseError(f"{path}: is UTF-16 text; save it as UTF-8")

@@ -1,5 +1,6 @@
 """Paths and permissions: success is said only of what can be read back, and errors name what is there."""
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -122,6 +123,14 @@ def test_replacing_what_a_link_leads_to(small, tmp_path):
     jsparse.save(small, tmp_path / "dangling")
     assert same(jsparse.load(tmp_path / "nothing"), small)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "link", "nothing", "real"]
+
+
+def test_saving_inside_a_running_event_loop(small, tmp_path):
+    async def save_and_load() -> jsparse.Params:
+        jsparse.save(small, tmp_path / "m")
+        return jsparse.load(tmp_path / "m")
+
+    assert same(asyncio.run(save_and_load()), small)
 
 
 def test_the_home_directory(small, tmp_path, monkeypatch):

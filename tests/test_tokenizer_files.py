@@ -102,11 +102,15 @@ OBJECT = {
 }
 
 
-@pytest.mark.parametrize("place", ["tokenizer_config", "special_tokens_map", "name", "model specific", "decoder"])
+@pytest.mark.parametrize(
+    "place", ["tokenizer_config", "version 5's key", "special_tokens_map", "name", "model specific", "decoder"]
+)
 def test_special_tokens_as_objects(place, tmp_path):
     config, files = dict(LLAMA), {}
     if place == "tokenizer_config":
         config["additional_special_tokens"] = [OBJECT]
+    elif place == "version 5's key":
+        config["extra_special_tokens"] = [OBJECT]
     elif place == "special_tokens_map":
         files["special_tokens_map__json"] = {
             "additional_special_tokens": [OBJECT],
@@ -278,6 +282,9 @@ def test_real_model_files_give_the_ids_of_transformers_4(name, tmp_path):
     tokenizer = load_tokenizer(directory)
     assert [tokenizer.encode(text) for text in TEXTS] == RECORDED[name]
     assert ids_after_saving(tokenizer, tmp_path / "saved") == RECORDED[name]
+    config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert not {"vocab", "merges", "vocab_file", "name_or_path"} & config.keys()
+    assert str(tmp_path) not in json.dumps(config)
 
 
 def test_real_tekken_file_gives_the_ids_of_transformers(tmp_path):

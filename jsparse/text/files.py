@@ -97,14 +97,19 @@ def _load(present: list[Path], declared: str, config: dict[str, Any]):
 
         vocab_files_names = {}  # noqa: RUF012
 
+        @classmethod
+        def convert_to_native_format(cls, **options):
+            return options if "tokenizer_object" in options else super().convert_to_native_format(**options)
+
         def update_post_processor(self):
             pass
 
     directory = present[0].parent
     made = _pipeline(present, declared, config)
     options: dict[str, Any] = {} if made is None else {"tokenizer_object": made}
-    if extra := config.get("additional_special_tokens"):
-        options["additional_special_tokens"] = [_token(entry) for entry in extra]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        if isinstance(extra := config.get(key), list):
+            options[key] = [_token(entry) for entry in extra]
     tokenizer = FileTokenizer.from_pretrained(str(directory), local_files_only=True, **options)
     template = tokenizer.chat_template or _optional_json(directory / "chat_template.json").get("chat_template")
     tokenizer.chat_template = template.removeprefix("\ufeff") if isinstance(template, str) else template

@@ -105,7 +105,7 @@ class Tokenizer:
             raise OSError(str(error)) from error
         path = directory / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("backend", "is_local", "local_files_only", "auto_map"):
+        for key in ("backend", "is_local", "local_files_only", "auto_map", "vocab", "merges", "vocab_file"):
             config.pop(key, None)
         if extra := config.pop("extra_special_tokens", None):
             config["additional_special_tokens"] = extra  # version 4 cannot read the other key's list
