@@ -231,6 +231,29 @@ def test_tools():
     assert ask(wrap(byte_level(), chat_template=named), messages) == "[user:a]"
 
 
+TEMPLATES = {
+    "the date": ("{{ strftime_now('%Y') | length }}", "4"),
+    "the tag generation": (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "hi",
+    ),
+    "a loop that is left": ("{% for m in messages %}{{ m.content }}{% break %}{% endfor %}", "hi"),
+    "JSON as it is written": ("{{ messages | tojson }}", '[{"role": "user", "content": "hi"}]'),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_templates_ask_for(name):
+    template, text = TEMPLATES[name]
+    assert ask(wrap(byte_level(), chat_template=template), [{"role": "user", "content": "hi"}]) == text
+
+
+def test_named_templates_without_a_default():
+    tokenizer = wrap(byte_level(), chat_template={"rag": SHOW, "tool_use": SHOW})
+    with pytest.raises(jsparse.JsparseError, match="no default"):
+        ask(tokenizer, [{"role": "user", "content": "hi"}])
+
+
 BAD_MESSAGES = {
     "no content": ({"role": "assistant"}, "needs the keys"),
     "content that is a number": ({"role": "user", "content": 3}, "needs strings"),

@@ -247,6 +247,23 @@ def test_flags_of_a_model_file(tmp_path):
     assert newer.encode("<s>a") == [1, 1, right.piece_to_id("a")]
 
 
+def test_added_tokens_that_repeat_those_of_the_model(tmp_path):
+    (tmp_path / "m").mkdir()
+    right = train_sentencepiece(tmp_path / "m" / "tokenizer.model")
+    added = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|im_start|>": right.vocab_size()}
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "m", None, LLAMA, added_tokens__json=added))
+    assert tokenizer.vocab_size == right.vocab_size() + 1
+    assert tokenizer.encode("<|im_start|>") == [1, right.vocab_size()]
+    assert tokenizer.encode("a b") == [1, *right.encode("a b")]
+
+
+def test_llama_over_a_byte_level_file_keeps_its_spaces(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "m", byte_level(), {"tokenizer_class": "LlamaTokenizerFast"}))
+    for text in TEXTS:
+        if "<|" not in text:
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_a_model_without_bos_gets_none(tmp_path):
     (tmp_path / "m").mkdir()
     right = train_sentencepiece(tmp_path / "m" / "tokenizer.model", bos_id=-1, eos_id=-1)
