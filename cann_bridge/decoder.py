@@ -125,7 +125,7 @@ class Decoder:
         self._most = torch.zeros((len(self._layers),), dtype=torch.int64).to(where)
         self._finite = torch.ones((), dtype=torch.bool).to(where)
         for side in (side for pair in self._caches for side in pair if side.dtype == torch.float16):
-            self._finite.logical_and_(side.abs().amax() < float("inf"))
+            self._finite.logical_and_(_is_finite(side))
         self._index = torch.zeros((1,), dtype=torch.int64).to(where)
         self._nothing = torch.zeros((batch, 2), dtype=torch.int32).to(where)
         slots, rows = caches[0][0].shape[1], batch * self._spec.num_kv_heads
@@ -280,7 +280,7 @@ class Decoder:
             x = x + spec.residual_scale * y
             counts.append(layer_counts)
         logits = product(spec.logit_scale * self._normed(x, self._norm), self._head)
-        self._finite.logical_and_((logits.amax() < float("inf")) & (logits.amin() > float("-inf")))
+        self._finite.logical_and_(_is_finite(logits))
         return logits, torch.stack(counts)
 
     def _normed(self, x: Any, scale: Any):
@@ -311,7 +311,7 @@ class Decoder:
         for side, new in ((keys, k), (values, v)):
             new = new.reshape(-1, spec.head_dim).to(side.dtype)
             if side.dtype == torch.float16:
-                self._finite.logical_and_(new.abs().amax() < float("inf"))
+                self._finite.logical_and_(_is_finite(new))
             side.view(-1, spec.head_dim).index_copy_(0, place, new)
         age = (position[:, None] - self._slots[None]) % slots
         visible = age <= position[:, None]
@@ -323,6 +323,10 @@ class Decoder:
         weights = torch.softmax(scores, dim=-1).to(values.dtype)
         out = torch.bmm(weights, values).to(torch.float32)
         return product(out.reshape(batch, -1), layer["o"])
+
+
+def _is_finite(x: Any) -> Any:
+    return (x.amax() < float("inf")) & (x.amin() > float("-inf"))
 
 
 def _rotated(torch: Any, x: Any, cos: Any, sin: Any):

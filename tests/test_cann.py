@@ -291,6 +291,22 @@ def test_a_device_without_bfloat16_and_graphs(fitted, npu, monkeypatch, caplog):
     assert jsparse.generate(params, PROMPT, max_new_tokens=48, executor="cann") == text
 
 
+@pytest.mark.parametrize("part", ["k", "v"])
+def test_keys_and_values_that_the_device_cannot_hold_are_an_error(part, npu, monkeypatch):
+    """The host's bfloat16 cache holds them, the device's float16 does not, and an infinite key leaves no trace."""
+    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+    params = random_params(TINY)
+    attention = params.weights["layers_1"]["attention"]
+    attention = {**attention, f"{part}_proj": attention[f"{part}_proj"] * 3e3}
+    norm = {"scale": params.weights["layers_1"]["input_norm"]["scale"] * 1e2}
+    layer = {**params.weights["layers_1"], "attention": attention, "input_norm": norm}
+    weights = jax.tree.map(to_bfloat16, {**params.weights, "layers_1": layer})
+    with pytest.raises(jsparse.JsparseError, match="executor 'cann': the logits are not finite"):
+        jsparse.generate(
+            dataclasses.replace(params, weights=weights), np.arange(1, 4), max_new_tokens=8, executor="cann"
+        )
+
+
 def to_bfloat16(array):
     return array.astype(jnp.bfloat16) if array.ndim == 2 else array
 
