@@ -43,6 +43,8 @@ from jsparse.ffn import FFNSpec, reference
 def pytest_sessionfinish(session, exitstatus):
     """A run whose every test was skipped has shown nothing: `pytest -m gpu` without a GPU is no success."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # a worker of pytest-xdist
+        return
     counts = {outcome: len(reporter.stats.get(outcome, [])) for outcome in ("passed", "failed", "error", "skipped")}
     if exitstatus == pytest.ExitCode.OK and counts["skipped"] and not counts["passed"]:
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
