@@ -95,7 +95,6 @@ def read_config(directory: Path, ffn: FFNKind | None = None) -> Reading:
         "head_dim": fields.number("head_dim", int, optional=True) or 0,
         "context_length": _context_length(fields, scaling),
         "norm_eps": fields.number("rms_norm_eps", float),
-        "sliding_window": None,  # below, where the number of layers is known
         "tie_embeddings": bool(fields.raw.get("tie_word_embeddings", False)),
         "bos_token_id": next(iter(fields.token_ids("bos_token_id", tokens)), None),
         "eos_token_ids": fields.token_ids("eos_token_id", tokens),
@@ -259,12 +258,14 @@ def _sliding_window(fields: Fields, model_type: str, layers: int) -> int | None:
     if model_type == "qwen2" and not fields.raw.get("use_sliding_window"):
         window = None
     types = fields.raw.get("layer_types")
-    if types is None and model_type == "qwen2":
-        first = fields.number("max_window_layers", int)
-        types = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-    if types is None:
+    if types is None and model_type != "qwen2":
         return window
-    kinds = set(map(str, types)) if isinstance(types, list) and len(types) == layers else {"other"}
+    if types is None:  # Qwen2 slides from a layer on
+        first = fields.number("max_window_layers", int)
+        kinds = {"full_attention"} if first > 0 else set()
+        kinds |= {"sliding_attention"} if first < layers else set()
+    else:
+        kinds = set(map(str, types)) if isinstance(types, list) and len(types) == layers else {"other"}
     if not kinds <= {"sliding_attention", "full_attention"}:
         fields.problems.append(f"layer_types is {types!r}, not sliding_attention or full_attention for each layer")
         return window
