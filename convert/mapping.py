@@ -1,5 +1,6 @@
 """The table from Hugging Face tensor names to weights, and the weights read and written through it."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -55,6 +56,7 @@ class Slot(NamedTuple):
     role: Literal["vector", "embed", "linear", "transposed"]
 
 
+@functools.lru_cache(maxsize=4)
 def weight_table(config: ModelConfig) -> dict[str, Slot]:
     """The slot of every tensor of a model by its Hugging Face name, shapes taken from the decoder itself."""
     shapes = weight_shapes(config)

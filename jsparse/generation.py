@@ -308,8 +308,8 @@ class Decoding:
         return state
 
     def check_finite(self, ended: np.ndarray | bool = False) -> None:
-        """Raises: JsparseError: logits of a sequence that has not `ended` (B,) were not finite; the message names the
-        layer where that begins, if a cache shows it."""
+        """Raises: JsparseError: keys, values or logits of a sequence that has not `ended` (B,) were not finite; the
+        message names the layer where that begins, if a cache shows it."""
         failed = ~np.asarray(self._state.finite) & ~np.asarray(ended)
         if self._loop or not failed.any():
             return

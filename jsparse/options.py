@@ -38,9 +38,8 @@ def read_whole(name: str, value: Any) -> int:
 def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
     """Raises: JsparseError: an option is not True or False (or None, where it is optional)."""
     if not (isinstance(value, bool | np.bool_) or (optional and value is None)):
-        raise JsparseError(
-            f"{name} is {value!r}; it must be True{',' if optional else ' or'} False{' or None' * optional}"
-        )
+        choices = "True, False or None" if optional else "True or False"
+        raise JsparseError(f"{name} is {value!r}; it must be {choices}")
 
 
 def check_callback(name: str, value: Any) -> None:
