@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse.arrays import QuantizedRows
 from jsparse.params import FFNWeights, Predictor
-from jsparse.quantization import QuantizedRows
 
 NEURONS, GROUPS, THREADS, COLUMNS = 32, 4, 256, 8
 """As in the source."""

@@ -27,11 +27,11 @@ from benchmarks.random_models import OperatingPoint
 from benchmarks.report import Engine, cpu_probe, positive, print_json, seconds
 from benchmarks.rotation import nbytes
 from benchmarks.shapes import SHAPES
+from jsparse.arrays import Matrix
 from jsparse.decoder import weight_shapes
 from jsparse.ffn import FFNSpec
 from jsparse.ffn.select import select_executor
 from jsparse.generation import DecodeState, Model, Sampling, bucket, decode_chunk
-from jsparse.quantization import Matrix
 
 CONTEXT = 1100
 TOKENS = 8

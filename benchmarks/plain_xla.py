@@ -6,8 +6,8 @@ What sparse decoding on a GPU is held against; it stands where an executor does,
 import jax
 import jax.numpy as jnp
 
+from jsparse.arrays import Matrix, QuantizedRows, take_rows
 from jsparse.attention import attend
-from jsparse.quantization import Matrix, QuantizedRows, take_rows
 
 __all__ = ["attend", "dense_ffn", "linear", "linears", "take_rows"]
 

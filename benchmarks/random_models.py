@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jsparse
+from jsparse.arrays import Matrix, QuantizedRows, aligned_empty, cast, dequantize
 from jsparse.params import FFNWeights, Predictor
-from jsparse.quantization import Matrix, QuantizedRows, aligned_empty, cast, dequantize
 
 ACTIVE = 0.1
 _LEADING_ENERGY = 0.95

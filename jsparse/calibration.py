@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse.arrays import Matrix, dequantize, take_rows
 from jsparse.calibration_options import CalibrationOptions, LayerReport
 from jsparse.calibration_state import CalibrationState
 from jsparse.config import ModelConfig
@@ -25,7 +26,6 @@ from jsparse.layers import Block, Rotation
 from jsparse.options import check_callback
 from jsparse.params import FFNWeights, Params, Predictor, check_params
 from jsparse.predictor import fit_low_bit
-from jsparse.quantization import Matrix, dequantize, take_rows
 from jsparse.settings import each_with_own_settings, own_settings
 from jsparse.thresholds import fit_bias
 from jsparse.typing import Array, Float, Int

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse.arrays import QuantizedRows
 from jsparse.calibration_options import CalibrationOptions, LayerReport
 from jsparse.checkpoint import digest
 from jsparse.errors import JsparseError
 from jsparse.params import Params, Predictor
-from jsparse.quantization import QuantizedRows
 
 
 class CalibrationState:

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse.arrays import QuantizedRows, cast
 from jsparse.config import ModelConfig
 from jsparse.decoder import check_weights
 from jsparse.directories import plain_path, read_path, replacing_directory
 from jsparse.errors import JsparseError
 from jsparse.options import check_flag
 from jsparse.params import FFNWeights, Params, Predictor, check_params, check_predictors
-from jsparse.quantization import QuantizedRows, cast
 from jsparse.settings import with_own_settings
 from jsparse.text.files import load_tokenizer
 

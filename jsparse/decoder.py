@@ -7,12 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jsparse.arrays import Matrix, QuantizedRows
 from jsparse.attention import KVCache
 from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
 from jsparse.ffn import reference
 from jsparse.layers import Block, FeedForward, RMSNorm, Rotation, parameter
-from jsparse.quantization import Matrix, QuantizedRows
 from jsparse.typing import Array, Float, Int
 
 _init_embed = nn.initializers.normal(0.02)

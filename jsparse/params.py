@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
+from jsparse.arrays import Matrix
 from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
-from jsparse.quantization import Matrix
 from jsparse.typing import Array, Float
 
 

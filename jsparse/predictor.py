@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 import numpy as np
 
+from jsparse.arrays import Matrix, dequantize, quantize_rows
 from jsparse.errors import JsparseError
-from jsparse.quantization import Matrix, dequantize, quantize_rows
 from jsparse.typing import Array, Float
 
 BITS = (16, 8, 4)

@@ -12,7 +12,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jsparse-tests-")  # wher
 # ruff: noqa: E402  the import hook comes before what it checks
 from jaxtyping import install_import_hook
 
-# Not the pytrees in params and quantization: JAX also builds those around leaves that are no arrays.
+# Not the pytrees in params and arrays: JAX also builds those around leaves that are no arrays.
 _CHECKED = (
     "calibration",
     "calibration_options",

@@ -25,11 +25,11 @@ from jax.experimental import topologies
 
 import pallas_kernels
 from benchmarks.shapes import SHAPES
+from jsparse.arrays import QuantizedRows
 from jsparse.decoder import weight_shapes
 from jsparse.ffn import FFNSpec, cuda
 from jsparse.generation import DecodeState, Model, Sampling, decode_chunk
 from jsparse.params import Predictor
-from jsparse.quantization import QuantizedRows
 from pallas_kernels.tiles import choose
 
 GPUS = {

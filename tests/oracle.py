@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from jsparse.arrays import QuantizedRows
 from jsparse.ffn import FFNSpec
 from jsparse.params import FFNWeights, Predictor
-from jsparse.quantization import QuantizedRows
 
 
 def matrix(stored) -> np.ndarray:

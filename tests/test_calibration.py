@@ -20,10 +20,10 @@ from test_generation import byte_tokenizer
 
 import jsparse
 from jsparse import calibrate, calibration_state
+from jsparse.arrays import QuantizedRows
 from jsparse.calibration import CalibrationOptions, fit_layers, make_rows
 from jsparse.decoder import Decoder
 from jsparse.ffn import FFNSpec, reference
-from jsparse.quantization import QuantizedRows
 
 SMALL = dataclasses.replace(TINY, hidden_size=32, intermediate_size=96, num_heads=2)
 TOKENS = [np.random.default_rng(2).integers(0, SMALL.vocab_size, 900)]

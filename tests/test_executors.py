@@ -10,10 +10,10 @@ import pytest
 import simulated_npu
 
 import cann_bridge
+from jsparse.arrays import QuantizedRows, quantize_rows
 from jsparse.ffn import FFNSpec
 from jsparse.ffn.select import EXECUTORS, select_executor
 from jsparse.params import FFNWeights, Predictor
-from jsparse.quantization import QuantizedRows, quantize_rows
 
 SPECS = [
     FFNSpec(kind, threshold, pipeline)

@@ -12,9 +12,9 @@ import pytest
 from conftest import TINY, random_params
 
 import jsparse
+from jsparse.arrays import QuantizedRows, dequantize
 from jsparse.checkpoint import save
 from jsparse.predictor import fit_low_bit, fit_svd
-from jsparse.quantization import QuantizedRows, dequantize
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_tiny_temperatures_are_greedy(tiny, temperature):
 
 
 def test_a_quantised_embedding_runs(tiny):
-    from jsparse.quantization import quantize_rows
+    from jsparse.arrays import quantize_rows
 
     weights = {**tiny.weights, "embed": quantize_rows(tiny.weights["embed"], 8)}
     assert isinstance(weights["embed"], QuantizedRows)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jsparse.arrays import Matrix
 from jsparse.attention import KVCache
 from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
@@ -21,7 +22,6 @@ from jsparse.ffn import FFNSpec, cpu, reference
 from jsparse.ffn.operands import flat, operand, operands
 from jsparse.layers import rope_frequencies
 from jsparse.params import FFNWeights, Predictor
-from jsparse.quantization import Matrix
 from jsparse.typing import Array, Float, Int
 
 

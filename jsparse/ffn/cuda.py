@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from jsparse.arrays import Matrix, take_rows
 from jsparse.attention import KVCache
 from jsparse.ffn import FFNSpec, operands
 from jsparse.ffn.operands import flat, operand
 from jsparse.params import FFNWeights, Predictor
-from jsparse.quantization import Matrix, take_rows
 from jsparse.typing import Array, Float, Int
 
 __all__ = ["attend", "dense_ffn", "linear", "linears", "sparse_ffn", "take_rows", "unavailable"]

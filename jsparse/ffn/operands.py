@@ -2,10 +2,10 @@
 
 from types import ModuleType
 
+from jsparse.arrays import Matrix, QuantizedRows
 from jsparse.attention import KVCache
 from jsparse.ffn import FFNSpec
 from jsparse.params import FFNWeights, Predictor
-from jsparse.quantization import Matrix, QuantizedRows
 from jsparse.typing import Array, Float, Int
 
 Operand = Array | tuple[Array, Array]

@@ -6,10 +6,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jsparse.arrays import Matrix, dequantize, take_rows
 from jsparse.attention import attend
 from jsparse.ffn import FFNSpec
 from jsparse.params import FFNWeights, Predictor
-from jsparse.quantization import Matrix, dequantize, take_rows
 from jsparse.typing import Array, Bool, Float, Int
 
 __all__ = ["attend", "dense_ffn", "linear", "linears", "sparse_ffn", "take_rows", "unavailable"]
