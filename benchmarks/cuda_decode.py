@@ -22,7 +22,7 @@ from benchmarks.decode import (
     weights_of,
 )
 from benchmarks.report import Engine, print_json
-from jsparse.ffn import cuda
+from jsparse.executors import cuda
 
 
 def measure(shape: str, config, dtypes: list[str], others: list[str], rounds: int, probe) -> list[dict]:

@@ -29,8 +29,8 @@ from benchmarks.rotation import nbytes
 from benchmarks.shapes import SHAPES
 from jsparse.arrays import Matrix
 from jsparse.decoder import weight_shapes
+from jsparse.executors.select import select_executor
 from jsparse.ffn import FFNSpec
-from jsparse.ffn.select import select_executor
 from jsparse.generation import DecodeState, Model, Sampling, bucket, decode_chunk
 
 CONTEXT = 1100

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks import random_models
 from benchmarks.report import seconds
-from jsparse.ffn import reference
+from jsparse.executors import xla
 from jsparse.params import Predictor
 
 
@@ -43,6 +43,6 @@ def predictor_for(
 ) -> Predictor:
     """The predictor with the bias that predicts just that share of the neurons of x; 16-bit factors in that dtype."""
     predictor = jax.tree.map(lambda m: m.astype(dtype) if m.dtype == jnp.bfloat16 else m, layer.predictor(point))
-    scores = reference.linear(reference.linear(x, predictor.a), predictor.b)[0]
+    scores = xla.linear(xla.linear(x, predictor.a), predictor.b)[0]
     bias = jnp.full_like(predictor.bias, -jnp.quantile(scores, 1 - point.predicted))
     return dataclasses.replace(predictor, bias=bias)

@@ -4,7 +4,7 @@ import statistics
 
 import jsparse
 from jsparse.calibrate import default_texts, fit_with_progress, print_reports
-from jsparse.ffn.select import select_executor
+from jsparse.executors.select import select_executor
 
 PROMPT = ">>> 37 + 58 - 12\n"
 NEW_TOKENS = 100

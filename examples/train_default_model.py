@@ -28,7 +28,7 @@ import jsparse.text.tokenizer
 from convert import to_huggingface
 from jsparse.config import ModelConfig
 from jsparse.decoder import Decoder
-from jsparse.ffn import reference
+from jsparse.executors import xla
 from jsparse.params import Params
 
 CONFIG = ModelConfig(
@@ -148,7 +148,7 @@ def training_ffn(layer, x, ffn):
 
 def loss_fn(weights, rows, penalty):
     positions = jnp.arange(rows.shape[1] - 1)[None]
-    logits, _, extras = Decoder(CONFIG, reference).apply({"params": weights}, rows[:, :-1], positions, training_ffn)
+    logits, _, extras = Decoder(CONFIG, xla).apply({"params": weights}, rows[:, :-1], positions, training_ffn)
     activations, sparsity = (jnp.stack(values) for values in zip(*extras))
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
     return cross_entropy + penalty * jnp.mean(activations), (cross_entropy, sparsity)
@@ -174,7 +174,7 @@ def make_step(optimizer, steps: int):
 
 def initial_state(optimizer):
     tokens = jnp.zeros((1, 8), jnp.int32)
-    weights = Decoder(CONFIG, reference).init(jax.random.key(0), tokens, jnp.arange(8)[None], training_ffn)["params"]
+    weights = Decoder(CONFIG, xla).init(jax.random.key(0), tokens, jnp.arange(8)[None], training_ffn)["params"]
     return {"weights": weights, "optimizer": optimizer.init(weights), "log_penalty": jnp.log(jnp.float32(0.01))}
 
 

@@ -14,7 +14,7 @@ from jsparse.checkpoint import DTYPES, load
 from jsparse.commands import Parser, run_command
 from jsparse.config import FFN_KINDS
 from jsparse.errors import JsparseError
-from jsparse.ffn.select import EXECUTORS
+from jsparse.executors.select import EXECUTORS
 from jsparse.params import Params
 from jsparse.prompting import generate
 from jsparse.statistics import Statistics

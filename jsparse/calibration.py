@@ -21,7 +21,8 @@ from jsparse.calibration_state import CalibrationState
 from jsparse.config import ModelConfig
 from jsparse.directories import read_path
 from jsparse.errors import JsparseError
-from jsparse.ffn import FFNSpec, reference
+from jsparse.executors import xla
+from jsparse.ffn import FFNSpec
 from jsparse.layers import Block, Rotation
 from jsparse.options import check_callback
 from jsparse.params import FFNWeights, Params, Predictor, check_params
@@ -155,7 +156,7 @@ def fit_layer(
     )
     if options.bias == "neuron":
         offset = jnp.zeros_like(offset)  # a threshold per neuron absorbs it
-    features = reference.linear(threshold_x, a)
+    features = xla.linear(threshold_x, a)
     shape = (config.intermediate_size, threshold_x.shape[0])
     scores, cost, active = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, bool)
     for start in range(0, config.intermediate_size, _NEURON_BLOCK):
@@ -189,9 +190,9 @@ def _block_statistics(
     importance: str,
 ):
     """Scores, cost of skipping, and activity (block, n) of some neurons."""
-    scores = reference.linear(take_rows(b, neurons), features) + offset[neurons][:, None]
-    gate = spec.phi(reference.linear(take_rows(ffn.gate, neurons), x))
-    hidden = gate * spec.psi(reference.linear(take_rows(ffn.up, neurons), x))
+    scores = xla.linear(take_rows(b, neurons), features) + offset[neurons][:, None]
+    gate = spec.phi(xla.linear(take_rows(ffn.gate, neurons), x))
+    hidden = gate * spec.psi(xla.linear(take_rows(ffn.up, neurons), x))
     norm = jnp.linalg.norm(take_rows(ffn.down_t, neurons), axis=1)[:, None]
     cost = {"gate": gate, "hidden": hidden, "output": hidden * norm}[importance] ** 2
     return scores, cost, hidden != 0
@@ -200,10 +201,10 @@ def _block_statistics(
 @partial(jax.jit, static_argnames="config")
 def _block_step(block, hidden, config):
     def feed_forward(_, x, ffn):
-        return reference.dense_ffn(x, ffn, FFNSpec.of(config)), x
+        return xla.dense_ffn(x, ffn, FFNSpec.of(config)), x
 
     rotation = Rotation.of(jnp.arange(hidden.shape[1])[None], config)
-    out, _, inputs = Block(config, reference, 0).apply({"params": block}, hidden, rotation, feed_forward)
+    out, _, inputs = Block(config, xla, 0).apply({"params": block}, hidden, rotation, feed_forward)
     return out, inputs
 
 

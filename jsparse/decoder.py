@@ -11,7 +11,7 @@ from jsparse.arrays import Matrix, QuantizedRows
 from jsparse.attention import KVCache
 from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
-from jsparse.ffn import reference
+from jsparse.executors import xla
 from jsparse.layers import Block, FeedForward, RMSNorm, Rotation, parameter
 from jsparse.typing import Array, Float, Int
 
@@ -21,7 +21,7 @@ _init_embed = nn.initializers.normal(0.02)
 class Decoder(nn.Module):
     """A causal language model. `Decoder(config, executor).apply({"params": weights}, ...)` runs it.
 
-    The residual stream is float32 whatever the weights' dtype; `executor` is a module of `jsparse.ffn` and computes
+    The residual stream is float32 whatever the weights' dtype; `executor` is a module of `jsparse.executors` and does
     every matrix product outside the attention of a prefill.
     """
 
@@ -70,7 +70,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, Any]:
     token = jnp.zeros((1, 1), jnp.int32)
 
     def initialise(key):
-        return Decoder(config, reference).init(key, token, token, lambda layer, x, ffn: (x, None))["params"]
+        return Decoder(config, xla).init(key, token, token, lambda layer, x, ffn: (x, None))["params"]
 
     return jax.eval_shape(initialise, jax.random.key(0))
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jsparse.errors import JsparseError
-from jsparse.ffn.select import select_executor
+from jsparse.executors.select import select_executor
 from jsparse.generation import CHUNK, Decoding, Sampling
 from jsparse.options import check_callback, check_flag, is_whole, read_number, read_whole
 from jsparse.params import Params, check_params
@@ -50,7 +50,7 @@ def generate(
         completion itself never shows.
       tools: for chats: JSON schemas or Python functions that the chat template tells the model of.
       stream: return an iterator over pieces of the completion of a single prompt.
-      executor: auto, or a name of `jsparse.ffn.select.EXECUTORS`.
+      executor: auto, or a name of `jsparse.executors.select.EXECUTORS`.
       sparse: True demands fitted predictors, False decodes densely, None is sparse when fitted.
       pipeline: sequential or parallel (see `jsparse.ffn.FFNSpec`).
       on_finish: called with the generation's `Statistics` when it has ended.

@@ -18,6 +18,7 @@ _CHECKED = (
     "calibration_options",
     "calibration_state",
     "decoder",
+    "executors",
     "ffn",
     "generation",
     "layers",
@@ -36,7 +37,8 @@ import pytest
 
 import jsparse
 from jsparse.decoder import Decoder
-from jsparse.ffn import FFNSpec, reference
+from jsparse.executors import xla
+from jsparse.ffn import FFNSpec
 
 
 @pytest.hookimpl(trylast=True)
@@ -73,10 +75,10 @@ def random_params(config: jsparse.ModelConfig, seed: int = 0) -> jsparse.Params:
     """A random model whose logits are spread enough for greedy decoding to wander."""
 
     def feed_forward(layer, x, ffn):
-        return reference.dense_ffn(x, ffn, FFNSpec.of(config)), None
+        return xla.dense_ffn(x, ffn, FFNSpec.of(config)), None
 
     tokens = jnp.zeros((1, 4), jnp.int32)
-    variables = Decoder(config, reference).init(jax.random.key(seed), tokens, jnp.arange(4)[None], feed_forward)
+    variables = Decoder(config, xla).init(jax.random.key(seed), tokens, jnp.arange(4)[None], feed_forward)
     weights = variables["params"]
     return jsparse.Params(config, {**weights, "embed": 50 * weights["embed"]})
 

@@ -27,7 +27,8 @@ import pallas_kernels
 from benchmarks.shapes import SHAPES
 from jsparse.arrays import QuantizedRows
 from jsparse.decoder import weight_shapes
-from jsparse.ffn import FFNSpec, cuda
+from jsparse.executors import cuda
+from jsparse.ffn import FFNSpec
 from jsparse.generation import DecodeState, Model, Sampling, decode_chunk
 from jsparse.params import Predictor
 from pallas_kernels.tiles import choose

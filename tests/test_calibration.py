@@ -23,7 +23,8 @@ from jsparse import calibrate, calibration_state
 from jsparse.arrays import QuantizedRows
 from jsparse.calibration import CalibrationOptions, fit_layers, make_rows
 from jsparse.decoder import Decoder
-from jsparse.ffn import FFNSpec, reference
+from jsparse.executors import xla
+from jsparse.ffn import FFNSpec
 
 SMALL = dataclasses.replace(TINY, hidden_size=32, intermediate_size=96, num_heads=2)
 TOKENS = [np.random.default_rng(2).integers(0, SMALL.vocab_size, 900)]
@@ -58,11 +59,11 @@ def ffn_inputs(params: jsparse.Params, rows: np.ndarray) -> list[np.ndarray]:
     spec = FFNSpec.of(params.config)
 
     def feed_forward(layer, x, ffn):
-        return reference.dense_ffn(x, ffn, spec), x
+        return xla.dense_ffn(x, ffn, spec), x
 
     second = jnp.asarray(rows[len(rows) // 2 :])
     positions = jnp.arange(rows.shape[1])[None]
-    _, _, inputs = Decoder(params.config, reference).apply({"params": params.weights}, second, positions, feed_forward)
+    _, _, inputs = Decoder(params.config, xla).apply({"params": params.weights}, second, positions, feed_forward)
     return [np.asarray(x)[:, 1:].reshape(-1, params.config.hidden_size) for x in inputs]
 
 

@@ -24,7 +24,8 @@ import jsparse
 from cann_bridge import decoder, handover
 from cann_bridge.devices import weight_dtype
 from cann_bridge.ops import ops
-from jsparse.ffn import FFNSpec, cann
+from jsparse.executors import npu as executor
+from jsparse.ffn import FFNSpec
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "def read(self, size):\n"
@@ -48,7 +49,7 @@ def npu():
 @contextlib.contextmanager
 def loop_on(name: str, monkeypatch):
     """Generation by `DeviceLoop` on that device of PyTorch's."""
-    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
     with cann_bridge.computing_on(name):
         yield
 
@@ -126,7 +127,7 @@ def test_every_way_generates_the_same_tokens(fitted, sparse, monkeypatch):
     with loop_on("npu", monkeypatch):
         assert texts("cann") == expected
     assert "replay" in npu.log, "no step ran as a captured graph"
-    if jsparse.ffn.select.select_executor().__name__.endswith("cpu"):
+    if jsparse.executors.select.select_executor().__name__.endswith("cpu"):
         assert texts("cpu") == expected
 
 
@@ -203,12 +204,12 @@ def test_a_chunk_done_again_at_the_context_s_end(monkeypatch):
 def test_sampling_that_a_stop_string_ends(fitted, npu, monkeypatch):
     options = {"max_new_tokens": 64, "temperature": 0.8, "seed": 3, "sparse": False, "stop": '"'}
     expected = jsparse.generate(fitted, "def f(x):\n", executor="xla", **options)
-    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
     assert jsparse.generate(fitted, "def f(x):\n", executor="cann", **options) == expected
 
 
 def test_rows_that_a_graph_reads_beyond_the_predicted_are_counted(fitted, npu, monkeypatch):
-    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
     monkeypatch.setattr(decoder, "_GRAPH_SHARE", 1e9)  # all of them
     found = []
     jsparse.generate(fitted, PROMPT, max_new_tokens=97, executor="cann", on_finish=found.append)
@@ -221,10 +222,10 @@ def test_another_bias_is_another_predictor(fitted):
     with cann_bridge.computing_on("cpu"):
         predictor = fitted.predictors[0]
         silent = dataclasses.replace(predictor, bias=jnp.full_like(predictor.bias, -jnp.inf))
-        ffn = cann.place_ffn(fitted.weights["layers_0"]["ffn"])
+        ffn = executor.place_ffn(fitted.weights["layers_0"]["ffn"])
         x = jax.random.normal(jax.random.key(0), (1, fitted.config.hidden_size))
         for given, some in ((predictor, True), (silent, False)):
-            _, counts = cann.sparse_ffn(x, ffn, cann.place_predictor(given), FFNSpec("reglu"))
+            _, counts = executor.sparse_ffn(x, ffn, executor.place_predictor(given), FFNSpec("reglu"))
             assert (counts[0, 0] > 0) == some
 
 
@@ -237,7 +238,7 @@ def test_activations_beyond_float16(npu):
 
 
 def test_logits_that_are_not_finite_are_an_error(npu, monkeypatch):
-    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
     params = random_params(TINY)
     # The prompt's own pass, on the host, is sound; the first token that the device reads is not.
     first = int(jsparse.generate(params, np.arange(1, 4), max_new_tokens=1)[0])
@@ -249,7 +250,7 @@ def test_logits_that_are_not_finite_are_an_error(npu, monkeypatch):
 
 
 def test_weights_cross_once_and_every_operation_is_on_the_device(fitted, npu, monkeypatch):
-    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
     jsparse.generate(fitted, PROMPT, max_new_tokens=20, executor="cann")
     npu.log.clear()
     jsparse.generate(fitted, PROMPT, max_new_tokens=20, executor="cann")
@@ -262,7 +263,7 @@ def test_weights_cross_once_and_every_operation_is_on_the_device(fitted, npu, mo
 
 
 def test_by_callback_only_inputs_and_outputs_cross(fitted, npu, monkeypatch):
-    monkeypatch.setattr(cann, "decodes_on_device", lambda: False)
+    monkeypatch.setattr(executor, "decodes_on_device", lambda: False)
     prompt = [1, 2, 3]
     jsparse.generate(fitted, prompt, max_new_tokens=4, executor="cann")
     npu.log.clear()
@@ -281,7 +282,7 @@ def test_the_simulated_npu_refuses(npu):
 
 def test_a_device_without_bfloat16_and_graphs(fitted, npu, monkeypatch, caplog):
     """Weights and caches are in bfloat16, which the 310P never sees; without graphs the steps go on without them."""
-    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
     params = dataclasses.replace(fitted, weights=jax.tree.map(to_bfloat16, fitted.weights))
     npu.chip = "310P"
     text = jsparse.generate(params, PROMPT, max_new_tokens=48, executor="cann")
@@ -294,7 +295,7 @@ def test_a_device_without_bfloat16_and_graphs(fitted, npu, monkeypatch, caplog):
 @pytest.mark.parametrize("part", ["k", "v"])
 def test_keys_and_values_that_the_device_cannot_hold_are_an_error(part, npu, monkeypatch):
     """The host's bfloat16 cache holds them, the device's float16 does not, and an infinite key leaves no trace."""
-    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
     params = random_params(TINY)
     attention = params.weights["layers_1"]["attention"]
     attention = {**attention, f"{part}_proj": attention[f"{part}_proj"] * 3e3}
@@ -364,7 +365,7 @@ def test_tensors_go_when_their_arrays_go():
 
 
 def test_a_thousand_steps_leave_memory_flat(fitted, npu, monkeypatch):
-    monkeypatch.setattr(cann, "decodes_on_device", lambda: True)
+    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
 
     def steps(count):
         for _ in range(count // 50):
@@ -384,7 +385,7 @@ def test_a_thousand_callbacks_leave_memory_flat():
 
     @jax.jit
     def run(x, count):
-        step = lambda _, x: x + 0 * cann.sparse_ffn(x, ffn, predictor, spec)[0]  # noqa: E731
+        step = lambda _, x: x + 0 * executor.sparse_ffn(x, ffn, predictor, spec)[0]  # noqa: E731
         return jax.lax.fori_loop(0, count, step, x)
 
     with cann_bridge.computing_on("cpu"):
@@ -400,7 +401,7 @@ def small_layer():
 
     with cann_bridge.computing_on("cpu"):
         x, ffn, predictor = problem(batch=1)
-        return x, cann.place_ffn(ffn), cann.place_predictor(predictor), FFNSpec("reglu")
+        return x, executor.place_ffn(ffn), executor.place_predictor(predictor), FFNSpec("reglu")
 
 
 def resident_memory() -> int:
@@ -411,7 +412,7 @@ def resident_memory() -> int:
 @pytest.mark.parametrize(("device", "whole"), [("cpu", False), ("cpu", True), ("npu", True)])
 def test_two_threads_at_once(fitted, device, whole, monkeypatch):
     simulated_npu.install()
-    monkeypatch.setattr(cann, "decodes_on_device", lambda: whole)
+    monkeypatch.setattr(executor, "decodes_on_device", lambda: whole)
     prompts = [PROMPT, ">>> 37 + 58 - 12\n"]
     expected = [jsparse.generate(fitted, prompt, max_new_tokens=40, executor="xla") for prompt in prompts]
     found: dict[int, list[str]] = {0: [], 1: []}
@@ -431,7 +432,7 @@ def test_two_threads_at_once(fitted, device, whole, monkeypatch):
 
 def test_an_exception_in_an_op_reaches_the_caller(monkeypatch):
     x, ffn, predictor, spec = small_layer()
-    run = jax.jit(cann.sparse_ffn, static_argnames="spec")
+    run = jax.jit(executor.sparse_ffn, static_argnames="spec")
     with cann_bridge.computing_on("cpu"):
         expected = run(x, ffn, predictor, spec=spec)[0]
         with pytest.raises(jax.errors.JaxRuntimeError, match=r"have shapes .* which do not fit one another"):

@@ -21,7 +21,8 @@ from convert.__main__ import main as convert_main
 from convert.config import read_config
 from convert.config_writer import write_config
 from jsparse.decoder import Decoder
-from jsparse.ffn import FFNSpec, reference
+from jsparse.executors import xla
+from jsparse.ffn import FFNSpec
 
 MISTRAL = ROWS["dense-mistral"] | {"sliding_window": 3}
 QWEN2 = ROWS["dense-qwen2"]
@@ -31,11 +32,11 @@ IDS = np.random.default_rng(0).integers(0, 64, (1, 24))
 
 def logits(params: jsparse.Params) -> np.ndarray:
     spec = FFNSpec.of(params.config)
-    decoder = Decoder(params.config, reference)
+    decoder = Decoder(params.config, xla)
     ids, positions = jnp.asarray(IDS, jnp.int32), jnp.arange(IDS.shape[1])[None]
     return np.asarray(
         decoder.apply(
-            {"params": params.weights}, ids, positions, lambda layer, x, ffn: (reference.dense_ffn(x, ffn, spec), None)
+            {"params": params.weights}, ids, positions, lambda layer, x, ffn: (xla.dense_ffn(x, ffn, spec), None)
         )[0]
     )
 

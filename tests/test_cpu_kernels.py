@@ -12,7 +12,7 @@ import pytest
 
 import cpu_kernels
 import jsparse
-from jsparse.ffn import reference, select
+from jsparse.executors import select, xla
 
 ROOT = Path(__file__).parent.parent
 needs_native = pytest.mark.skipif(
@@ -100,7 +100,8 @@ import hashlib, jax, jax.numpy as jnp, numpy as np
 import cpu_kernels, jsparse
 from jsparse.calibrate import default_texts
 from test_executors import problem
-from jsparse.ffn import FFNSpec, cpu
+from jsparse.executors import cpu
+from jsparse.ffn import FFNSpec
 parts = [cpu_kernels.num_threads() * 0]
 for storage in ("float32", "bfloat16", "int8"):
     x, ffn, predictor = problem(storage=storage, bits=4, width=200, neurons=900, rank=60)
@@ -166,7 +167,7 @@ def test_without_the_extension_xla_is_used_and_a_line_says_so(monkeypatch, caplo
     monkeypatch.setattr(cpu_kernels, "_MISSING", "it was not built", raising=False)
     select.first_available.cache_clear()
     try:
-        assert select.select_executor() is reference
+        assert select.select_executor() is xla
         (record,) = caplog.records
         assert record.message.startswith("executor: xla; cuda cannot run here: ")
         assert record.message.endswith("; cpu cannot run here: the native extension is missing: it was not built")

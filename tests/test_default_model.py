@@ -7,7 +7,7 @@ import pytest
 import jsparse
 from benchmarks.quality import held_out_rows, read_lines, teacher_forced
 from jsparse.checkpoint import DEFAULT_MODEL
-from jsparse.ffn.select import select_executor
+from jsparse.executors.select import select_executor
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import simulated_npu
 
 import cann_bridge
 from jsparse.arrays import QuantizedRows, quantize_rows
+from jsparse.executors.select import EXECUTORS, select_executor
 from jsparse.ffn import FFNSpec
-from jsparse.ffn.select import EXECUTORS, select_executor
 from jsparse.params import FFNWeights, Predictor
 
 SPECS = [

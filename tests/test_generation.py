@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 import jsparse
 from convert import from_huggingface
 from jsparse.decoder import Decoder
-from jsparse.ffn import FFNSpec, reference
+from jsparse.executors import xla
+from jsparse.ffn import FFNSpec
 from jsparse.generation import decode_chunk, prefill
 from jsparse.params import Predictor
 from jsparse.sampling import sample
@@ -126,7 +127,7 @@ def naive(params: jsparse.Params, prompt: np.ndarray, steps: int) -> tuple[np.nd
             y, found = restricted(x[0], ffn, predictor, (at >= len(prompt)) & (at < position))
             return y[None], found
 
-        logits, _, found = Decoder(config, reference).apply(
+        logits, _, found = Decoder(config, xla).apply(
             {"params": params.weights}, tokens[None], at[None], feed_forward, last=position[None] - 1
         )
         return jnp.argmax(logits[0]), jnp.stack(found)

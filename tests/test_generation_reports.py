@@ -23,7 +23,7 @@ import convert
 import jsparse
 from jsparse import generation
 from jsparse.calibrate import read_prompts
-from jsparse.ffn.select import select_executor
+from jsparse.executors.select import select_executor
 from jsparse.generation import Decoding, Sampling
 
 CONFIG = ROWS["SparseLLM/ReluLLaMA-7B"] | {"eos_token_id": None, "torch_dtype": "float16"}

@@ -9,9 +9,9 @@ ROOT = Path(__file__).parent.parent
 LEAVES = {"pallas_kernels", "cpu_kernels", "cann_bridge"}
 PACKAGES = LEAVES | {"jsparse", "convert", "tests", "benchmarks"}
 ADAPTERS = {
-    "jsparse/ffn/cpu.py": "cpu_kernels",
-    "jsparse/ffn/cuda.py": "pallas_kernels",
-    "jsparse/ffn/cann.py": "cann_bridge",
+    "jsparse/executors/cpu.py": "cpu_kernels",
+    "jsparse/executors/cuda.py": "pallas_kernels",
+    "jsparse/executors/npu.py": "cann_bridge",
 }
 
 

@@ -16,7 +16,7 @@ import pytest
 
 import jsparse
 import pallas_kernels
-from jsparse.ffn import cuda
+from jsparse.executors import cuda
 from pallas_kernels import tune
 from pallas_kernels.tiles import DEFAULTS, Tiles, choose
 

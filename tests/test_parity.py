@@ -8,7 +8,8 @@ from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, ROWS
 
 from convert import from_huggingface, to_huggingface
 from jsparse.decoder import Decoder
-from jsparse.ffn import FFNSpec, reference
+from jsparse.executors import xla
+from jsparse.ffn import FFNSpec
 from jsparse.params import Params
 
 TOLERANCE = 1e-4
@@ -18,10 +19,10 @@ TOLERANCE = 1e-4
 def logits_of(params: Params, ids: np.ndarray) -> np.ndarray:
     """Logits (B, T, V) of our decoder, through the reference executor."""
     spec = FFNSpec.of(params.config)
-    decoder = Decoder(params.config, reference)
+    decoder = Decoder(params.config, xla)
 
     def feed_forward(layer, x, ffn):
-        return reference.dense_ffn(x, ffn, spec), None
+        return xla.dense_ffn(x, ffn, spec), None
 
     logits, _, _ = decoder.apply({"params": params.weights}, ids, np.arange(ids.shape[1])[None], feed_forward)
     return np.asarray(logits)

@@ -1,4 +1,4 @@
-"""The FFN of a ReGLU model and its executors, which all compute the same function."""
+"""What the FFN of a ReGLU model computes, whichever executor computes it."""
 
 import dataclasses
 from typing import Literal

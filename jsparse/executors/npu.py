@@ -18,8 +18,9 @@ from jsparse.arrays import Matrix
 from jsparse.attention import KVCache
 from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
-from jsparse.ffn import FFNSpec, cpu, reference
-from jsparse.ffn.operands import flat, operand, operands
+from jsparse.executors import cpu, xla
+from jsparse.executors.operands import flat, operand, operands
+from jsparse.ffn import FFNSpec
 from jsparse.layers import rope_frequencies
 from jsparse.params import FFNWeights, Predictor
 from jsparse.typing import Array, Float, Int
@@ -205,7 +206,7 @@ def _as_user_error() -> Iterator[None]:
 
 
 def _host() -> ModuleType:
-    return reference if cpu.unavailable() else cpu
+    return xla if cpu.unavailable() else cpu
 
 
 def _spec(config: ModelConfig, spec: FFNSpec):

@@ -1,4 +1,4 @@
-"""The choice of an FFN executor: made once, outside jit."""
+"""The choice of an executor: made once, outside jit."""
 
 import functools
 import importlib
@@ -8,10 +8,10 @@ from types import ModuleType
 from jsparse.errors import JsparseError
 
 EXECUTORS: dict[str, str] = {
-    "cuda": "jsparse.ffn.cuda",
-    "cann": "jsparse.ffn.cann",
-    "cpu": "jsparse.ffn.cpu",
-    "xla": "jsparse.ffn.reference",
+    "cuda": "jsparse.executors.cuda",
+    "cann": "jsparse.executors.npu",
+    "cpu": "jsparse.executors.cpu",
+    "xla": "jsparse.executors.xla",
 }
 """Module of every executor, in the order in which `auto` tries them. Each has `unavailable()`, `take_rows`, `linear`,
 `linears`, `dense_ffn`, `sparse_ffn` and `attend`. One whose device is not JAX's (cann) has also `place`, which puts

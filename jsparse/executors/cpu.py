@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from jsparse.arrays import Matrix
 from jsparse.attention import KVCache
-from jsparse.ffn import FFNSpec, operands
-from jsparse.ffn.operands import flat, operand
+from jsparse.executors import operands
+from jsparse.executors.operands import flat, operand
+from jsparse.ffn import FFNSpec
 from jsparse.params import FFNWeights, Predictor
 from jsparse.typing import Array, Float, Int
 
@@ -47,7 +48,7 @@ def dense_ffn(x: Float[Array, "... D"], ffn: FFNWeights, spec: FFNSpec) -> Float
 def sparse_ffn(
     x: Float[Array, "B D"], ffn: FFNWeights, predictor: Predictor, spec: FFNSpec
 ) -> tuple[Float[Array, "B D"], Int[Array, "B 2"]]:
-    """The FFN restricted to the predicted neurons, reading the rows of no others; as `reference.sparse_ffn`."""
+    """The FFN restricted to the predicted neurons, reading the rows of no others; as `xla.sparse_ffn`."""
     import cpu_kernels
 
     return operands.sparse_ffn(cpu_kernels, x, ffn, predictor, spec)

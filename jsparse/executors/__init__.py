@@ -1,0 +1,1 @@
+"""One executor per device; all compute the same function, and they alone import the kernel packages."""
