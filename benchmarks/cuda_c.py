@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.arrays import QuantizedRows
-from jsparse.params import FFNWeights, Predictor
+from jsparse.model.weights import FFNWeights, Predictor
 
 NEURONS, GROUPS, THREADS, COLUMNS = 32, 4, 256, 8
 """As in the source."""

@@ -19,7 +19,7 @@ from benchmarks import gpu, plain_xla, random_models
 from benchmarks.report import Engine, compare, print_json
 from benchmarks.rotation import nbytes, one_after_another, predictor_for, rotated
 from jsparse.executors import cuda
-from jsparse.ffn import FFNSpec
+from jsparse.model.ffn import FFNSpec
 
 ROTATED_BYTES = 1.5e9
 """Weights that are rotated: many times what an L2 cache holds."""

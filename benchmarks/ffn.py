@@ -18,7 +18,7 @@ from benchmarks.rotation import nbytes, one_after_another, predictor_for, rotate
 from benchmarks.shapes import SHAPES
 from jsparse.executors import xla
 from jsparse.executors.select import select_executor
-from jsparse.ffn import FFNSpec
+from jsparse.model.ffn import FFNSpec
 
 PREDICTED = (0.1, 0.3, 0.5)
 ROTATED_BYTES = 6e8

@@ -20,7 +20,7 @@ from rich.table import Table
 from benchmarks.shapes import SHAPES
 from jsparse.calibration import fit_layer
 from jsparse.calibration_options import CalibrationOptions
-from jsparse.params import FFNWeights
+from jsparse.model.weights import FFNWeights
 from jsparse.predictor import fit_svd
 from jsparse.thresholds import calibrate_bias
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jsparse.arrays import Matrix, QuantizedRows, take_rows
-from jsparse.attention import attend
+from jsparse.model.attention import attend
 
 __all__ = ["attend", "dense_ffn", "linear", "linears", "take_rows"]
 

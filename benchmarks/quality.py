@@ -20,9 +20,9 @@ import jsparse
 from jsparse.calibrate import default_texts
 from jsparse.calibration_options import CalibrationOptions
 from jsparse.checkpoint import DEFAULT_MODEL, DTYPES
-from jsparse.decoder import Decoder
 from jsparse.executors.select import select_executor
-from jsparse.ffn import FFNSpec
+from jsparse.model.decoder import Decoder
+from jsparse.model.ffn import FFNSpec
 
 SPARSITIES = (0.5, 0.7, 0.85, 0.95)
 RANK_SHARES = (16, 8, 4)

@@ -14,7 +14,7 @@ import numpy as np
 
 import jsparse
 from jsparse.arrays import Matrix, QuantizedRows, aligned_empty, cast, dequantize
-from jsparse.params import FFNWeights, Predictor
+from jsparse.model.weights import FFNWeights, Predictor
 
 ACTIVE = 0.1
 _LEADING_ENERGY = 0.95

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks import random_models
 from benchmarks.report import seconds
 from jsparse.executors import xla
-from jsparse.params import Predictor
+from jsparse.model.weights import Predictor
 
 
 def nbytes(tree) -> int:

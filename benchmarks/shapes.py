@@ -1,6 +1,6 @@
 """Workload shapes shared by benchmarks and tests."""
 
-from jsparse.config import PRESETS, ModelConfig
+from jsparse.model.config import PRESETS, ModelConfig
 
 SHAPES: dict[str, ModelConfig] = {
     "Llama-2-7B": PRESETS["SparseLLM/prosparse-llama-2-7b"],

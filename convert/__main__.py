@@ -13,8 +13,8 @@ from convert import ConversionError, export_predictors, import_predictors, to_hu
 from convert.files import check_destination, check_writable
 from jsparse.checkpoint import DTYPES, check_new
 from jsparse.commands import Parser, run_command
-from jsparse.config import FFN_KINDS
 from jsparse.directories import read_path
+from jsparse.model.config import FFN_KINDS
 
 
 def _parser() -> argparse.ArgumentParser:

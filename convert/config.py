@@ -16,7 +16,7 @@ from typing import Any
 from convert.errors import ConversionError, listing
 from convert.fields import Fields
 from convert.files import read_json
-from jsparse.config import FFN_KINDS, PRESETS, FFNKind, ModelConfig, RopeScaling
+from jsparse.model.config import FFN_KINDS, PRESETS, FFNKind, ModelConfig, RopeScaling
 
 _LLAMA = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
 _MISTRAL = _LLAMA | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}

@@ -4,7 +4,7 @@ import math
 
 from convert.config import ARCHITECTURES
 from convert.errors import ConversionError, listing
-from jsparse.config import ModelConfig
+from jsparse.model.config import ModelConfig
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict:

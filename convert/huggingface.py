@@ -27,9 +27,9 @@ from convert.mapping import (
 from convert.tensors import open_checkpoint, read_safetensors
 from jsparse.arrays import QuantizedRows
 from jsparse.checkpoint import DTYPES
-from jsparse.config import FFNKind
 from jsparse.directories import read_path
-from jsparse.params import Params, check_params
+from jsparse.model.config import FFNKind
+from jsparse.model.weights import Params, check_params
 from jsparse.settings import with_own_settings
 from jsparse.text.files import load_tokenizer
 

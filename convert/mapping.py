@@ -14,9 +14,9 @@ from rich.progress import track
 from convert.errors import ConversionError, listing
 from convert.tensors import Index, StoredTensor
 from jsparse.arrays import QuantizedRows, aligned_empty, dequantize, quantize_rows_jit
-from jsparse.config import ModelConfig
-from jsparse.decoder import weight_shapes
-from jsparse.params import FFNWeights
+from jsparse.model.config import ModelConfig
+from jsparse.model.decoder import weight_shapes
+from jsparse.model.weights import FFNWeights
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _BLOCK_ELEMENTS = 2**20

@@ -15,9 +15,9 @@ from convert.errors import ConversionError, listing
 from convert.files import new_directory
 from convert.tensors import StoredTensor, import_torch, read_torch
 from jsparse.arrays import dequantize
-from jsparse.config import ModelConfig
 from jsparse.directories import read_path
-from jsparse.params import Params, Predictor, check_params
+from jsparse.model.config import ModelConfig
+from jsparse.model.weights import Params, Predictor, check_params
 from jsparse.settings import with_own_settings
 
 _MATRICES = ("fc1.weight", "fc2.weight")

@@ -26,10 +26,10 @@ from transformers import PreTrainedTokenizerFast
 
 import jsparse.text.tokenizer
 from convert import to_huggingface
-from jsparse.config import ModelConfig
-from jsparse.decoder import Decoder
 from jsparse.executors import xla
-from jsparse.params import Params
+from jsparse.model.config import ModelConfig
+from jsparse.model.decoder import Decoder
+from jsparse.model.weights import Params
 
 CONFIG = ModelConfig(
     hidden_size=256,

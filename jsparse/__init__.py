@@ -3,9 +3,9 @@
 from jsparse.calibration import fit_predictors
 from jsparse.calibration_options import CalibrationOptions, LayerReport
 from jsparse.checkpoint import load, save
-from jsparse.config import PRESETS, ModelConfig
 from jsparse.errors import JsparseError
-from jsparse.params import FFNWeights, Params, Predictor
+from jsparse.model.config import PRESETS, ModelConfig
+from jsparse.model.weights import FFNWeights, Params, Predictor
 from jsparse.prompting import generate
 
 __version__ = "0.1.1"

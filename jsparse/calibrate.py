@@ -17,10 +17,10 @@ from jsparse.calibration import fit_predictors
 from jsparse.calibration_options import CalibrationOptions, LayerReport
 from jsparse.checkpoint import DEFAULT_MODEL, DTYPES, check_new, load, save
 from jsparse.commands import Parser, run_command
-from jsparse.config import SPARSE_KINDS
 from jsparse.directories import check_pointer, read_path
 from jsparse.errors import JsparseError
-from jsparse.params import Params
+from jsparse.model.config import SPARSE_KINDS
+from jsparse.model.weights import Params
 
 
 def main(argv: list[str] | None = None) -> None:

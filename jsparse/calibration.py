@@ -18,14 +18,14 @@ import numpy as np
 from jsparse.arrays import Matrix, dequantize, take_rows
 from jsparse.calibration_options import CalibrationOptions, LayerReport
 from jsparse.calibration_state import CalibrationState
-from jsparse.config import ModelConfig
 from jsparse.directories import read_path
 from jsparse.errors import JsparseError
 from jsparse.executors import xla
-from jsparse.ffn import FFNSpec
-from jsparse.layers import Block, Rotation
+from jsparse.model.config import ModelConfig
+from jsparse.model.ffn import FFNSpec
+from jsparse.model.layers import Block, Rotation
+from jsparse.model.weights import FFNWeights, Params, Predictor, check_params
 from jsparse.options import check_callback
-from jsparse.params import FFNWeights, Params, Predictor, check_params
 from jsparse.predictor import fit_low_bit
 from jsparse.settings import each_with_own_settings, own_settings
 from jsparse.thresholds import fit_bias

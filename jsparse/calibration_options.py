@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
+from jsparse.model.config import ModelConfig
 from jsparse.options import check_flag, is_number, is_whole
 from jsparse.predictor import BITS, check_rank
 from jsparse.thresholds import BiasMode, SilencedRule

@@ -16,7 +16,7 @@ from jsparse.arrays import QuantizedRows
 from jsparse.calibration_options import CalibrationOptions, LayerReport
 from jsparse.checkpoint import digest
 from jsparse.errors import JsparseError
-from jsparse.params import Params, Predictor
+from jsparse.model.weights import Params, Predictor
 
 
 class CalibrationState:

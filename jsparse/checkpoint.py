@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.arrays import QuantizedRows, cast
-from jsparse.config import ModelConfig
-from jsparse.decoder import check_weights
 from jsparse.directories import plain_path, read_path, replacing_directory
 from jsparse.errors import JsparseError
+from jsparse.model.config import ModelConfig
+from jsparse.model.decoder import check_weights
+from jsparse.model.weights import FFNWeights, Params, Predictor, check_params, check_predictors
 from jsparse.options import check_flag
-from jsparse.params import FFNWeights, Params, Predictor, check_params, check_predictors
 from jsparse.settings import with_own_settings
 from jsparse.text.files import load_tokenizer
 

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.attention import KVCache, fill_cache
-from jsparse.config import ModelConfig
-from jsparse.decoder import Decoder
 from jsparse.errors import JsparseError
-from jsparse.ffn import FFNSpec
-from jsparse.params import Params
+from jsparse.model.attention import KVCache, fill_cache
+from jsparse.model.config import ModelConfig
+from jsparse.model.decoder import Decoder
+from jsparse.model.ffn import FFNSpec
+from jsparse.model.weights import Params
 from jsparse.sampling import greedy, sample
 from jsparse.statistics import PAD, Statistics
 from jsparse.typing import Array, Bool, Float, Int, Shaped

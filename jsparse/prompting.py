@@ -9,8 +9,8 @@ import numpy as np
 from jsparse.errors import JsparseError
 from jsparse.executors.select import select_executor
 from jsparse.generation import CHUNK, Decoding, Sampling
+from jsparse.model.weights import Params, check_params
 from jsparse.options import check_callback, check_flag, is_whole, read_number, read_whole
-from jsparse.params import Params, check_params
 from jsparse.settings import each_with_own_settings, own_settings
 from jsparse.statistics import PAD, Statistics
 from jsparse.text.completion import TextCompletion, TokenCompletion
@@ -52,7 +52,7 @@ def generate(
       stream: return an iterator over pieces of the completion of a single prompt.
       executor: auto, or a name of `jsparse.executors.select.EXECUTORS`.
       sparse: True demands fitted predictors, False decodes densely, None is sparse when fitted.
-      pipeline: sequential or parallel (see `jsparse.ffn.FFNSpec`).
+      pipeline: sequential or parallel (see `jsparse.model.ffn.FFNSpec`).
       on_finish: called with the generation's `Statistics` when it has ended.
 
     Returns:

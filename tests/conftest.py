@@ -12,16 +12,16 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jsparse-tests-")  # wher
 # ruff: noqa: E402  the import hook comes before what it checks
 from jaxtyping import install_import_hook
 
-# Not the pytrees in params and arrays: JAX also builds those around leaves that are no arrays.
+# Not the pytrees in arrays and model.weights: JAX also builds those around leaves that are no arrays.
 _CHECKED = (
     "calibration",
     "calibration_options",
     "calibration_state",
-    "decoder",
     "executors",
-    "ffn",
     "generation",
-    "layers",
+    "model.decoder",
+    "model.ffn",
+    "model.layers",
     "predictor",
     "sampling",
     "thresholds",
@@ -36,9 +36,9 @@ import numpy as np
 import pytest
 
 import jsparse
-from jsparse.decoder import Decoder
 from jsparse.executors import xla
-from jsparse.ffn import FFNSpec
+from jsparse.model.decoder import Decoder
+from jsparse.model.ffn import FFNSpec
 
 
 @pytest.hookimpl(trylast=True)

@@ -26,11 +26,11 @@ from jax.experimental import topologies
 import pallas_kernels
 from benchmarks.shapes import SHAPES
 from jsparse.arrays import QuantizedRows
-from jsparse.decoder import weight_shapes
 from jsparse.executors import cuda
-from jsparse.ffn import FFNSpec
 from jsparse.generation import DecodeState, Model, Sampling, decode_chunk
-from jsparse.params import Predictor
+from jsparse.model.decoder import weight_shapes
+from jsparse.model.ffn import FFNSpec
+from jsparse.model.weights import Predictor
 from pallas_kernels.tiles import choose
 
 GPUS = {

@@ -3,8 +3,8 @@
 import numpy as np
 
 from jsparse.arrays import QuantizedRows
-from jsparse.ffn import FFNSpec
-from jsparse.params import FFNWeights, Predictor
+from jsparse.model.ffn import FFNSpec
+from jsparse.model.weights import FFNWeights, Predictor
 
 
 def matrix(stored) -> np.ndarray:

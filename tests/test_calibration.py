@@ -22,9 +22,9 @@ import jsparse
 from jsparse import calibrate, calibration_state
 from jsparse.arrays import QuantizedRows
 from jsparse.calibration import CalibrationOptions, fit_layers, make_rows
-from jsparse.decoder import Decoder
 from jsparse.executors import xla
-from jsparse.ffn import FFNSpec
+from jsparse.model.decoder import Decoder
+from jsparse.model.ffn import FFNSpec
 
 SMALL = dataclasses.replace(TINY, hidden_size=32, intermediate_size=96, num_heads=2)
 TOKENS = [np.random.default_rng(2).integers(0, SMALL.vocab_size, 900)]

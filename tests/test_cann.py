@@ -25,7 +25,7 @@ from cann_bridge import decoder, handover
 from cann_bridge.devices import weight_dtype
 from cann_bridge.ops import ops
 from jsparse.executors import npu as executor
-from jsparse.ffn import FFNSpec
+from jsparse.model.ffn import FFNSpec
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "def read(self, size):\n"

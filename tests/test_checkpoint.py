@@ -18,7 +18,7 @@ from test_generation import byte_tokenizer
 
 import jsparse
 from convert import from_huggingface
-from jsparse.config import RopeScaling
+from jsparse.model.config import RopeScaling
 
 ROOT = Path(__file__).parents[1]
 SMALL = dataclasses.replace(TINY, hidden_size=32, intermediate_size=48, num_heads=2, num_layers=2, vocab_size=257)

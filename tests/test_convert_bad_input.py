@@ -17,8 +17,8 @@ from convert_command import exit_code
 
 import jsparse
 from convert import ConversionError, export_predictors, from_huggingface, import_predictors, to_huggingface
-from jsparse.config import ModelConfig
-from jsparse.params import Params, Predictor
+from jsparse.model.config import ModelConfig
+from jsparse.model.weights import Params, Predictor
 
 LLAMA = ROWS["SparseLLM/ReluLLaMA-7B"]
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -20,9 +20,9 @@ from convert import ConversionError, from_huggingface, to_huggingface
 from convert.__main__ import main as convert_main
 from convert.config import read_config
 from convert.config_writer import write_config
-from jsparse.decoder import Decoder
 from jsparse.executors import xla
-from jsparse.ffn import FFNSpec
+from jsparse.model.decoder import Decoder
+from jsparse.model.ffn import FFNSpec
 
 MISTRAL = ROWS["dense-mistral"] | {"sliding_window": 3}
 QWEN2 = ROWS["dense-qwen2"]

@@ -101,7 +101,7 @@ import cpu_kernels, jsparse
 from jsparse.calibrate import default_texts
 from test_executors import problem
 from jsparse.executors import cpu
-from jsparse.ffn import FFNSpec
+from jsparse.model.ffn import FFNSpec
 parts = [cpu_kernels.num_threads() * 0]
 for storage in ("float32", "bfloat16", "int8"):
     x, ffn, predictor = problem(storage=storage, bits=4, width=200, neurons=900, rank=60)

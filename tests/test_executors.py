@@ -12,8 +12,8 @@ import simulated_npu
 import cann_bridge
 from jsparse.arrays import QuantizedRows, quantize_rows
 from jsparse.executors.select import EXECUTORS, select_executor
-from jsparse.ffn import FFNSpec
-from jsparse.params import FFNWeights, Predictor
+from jsparse.model.ffn import FFNSpec
+from jsparse.model.weights import FFNWeights, Predictor
 
 SPECS = [
     FFNSpec(kind, threshold, pipeline)

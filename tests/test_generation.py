@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 import jsparse
 from convert import from_huggingface
-from jsparse.decoder import Decoder
 from jsparse.executors import xla
-from jsparse.ffn import FFNSpec
 from jsparse.generation import decode_chunk, prefill
-from jsparse.params import Predictor
+from jsparse.model.decoder import Decoder
+from jsparse.model.ffn import FFNSpec
+from jsparse.model.weights import Predictor
 from jsparse.sampling import sample
 from jsparse.text.tokenizer import Tokenizer
 

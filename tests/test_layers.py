@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from jsparse.layers import Rotation, rotate
+from jsparse.model.layers import Rotation, rotate
 
 
 @pytest.mark.parametrize("positions", [[[0, 1, 4095], [7, 500, 32767]], [[3, 4, 5]]])

@@ -25,7 +25,7 @@ from jsparse.predictor import fit_low_bit, fit_svd
         ({"rope_theta": 0.0}, "rope_theta is 0.0"),
         ({"norm_eps": -1.0}, "norm_eps is -1.0"),
         ({"sliding_window": 0}, "sliding_window is 0"),
-        ({"rope_scaling": jsparse.config.RopeScaling("linear", 0.0)}, "scaling factor is 0.0"),
+        ({"rope_scaling": jsparse.model.config.RopeScaling("linear", 0.0)}, "scaling factor is 0.0"),
         ({"ffn_kind": "gelu"}, "ffn_kind is 'gelu'"),
         ({"ffn_threshold": 0.1}, "ffn_threshold is 0.1, but reglu has none"),
         ({"head_dim": 7}, "head_dim is 7"),
@@ -38,7 +38,7 @@ def test_configs(fields, message):
 
 def test_config_round_trips_through_json():
     config = dataclasses.replace(
-        TINY, eos_token_ids=[1, 2], rope_scaling=jsparse.config.RopeScaling("llama3", 8.0), sliding_window=64
+        TINY, eos_token_ids=[1, 2], rope_scaling=jsparse.model.config.RopeScaling("llama3", 8.0), sliding_window=64
     )
     assert jsparse.ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(jsparse.JsparseError, match="unknown field 'x'; missing field 'hidden_size'"):

@@ -7,10 +7,10 @@ import torch
 from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, ROWS
 
 from convert import from_huggingface, to_huggingface
-from jsparse.decoder import Decoder
 from jsparse.executors import xla
-from jsparse.ffn import FFNSpec
-from jsparse.params import Params
+from jsparse.model.decoder import Decoder
+from jsparse.model.ffn import FFNSpec
+from jsparse.model.weights import Params
 
 TOLERANCE = 1e-4
 """Absolute, for float32 logits of spread 1."""

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from jsparse.arrays import Matrix
-from jsparse.attention import KVCache
 from jsparse.executors import operands
 from jsparse.executors.operands import flat, operand
-from jsparse.ffn import FFNSpec
-from jsparse.params import FFNWeights, Predictor
+from jsparse.model.attention import KVCache
+from jsparse.model.ffn import FFNSpec
+from jsparse.model.weights import FFNWeights, Predictor
 from jsparse.typing import Array, Float, Int
 
 

@@ -15,14 +15,14 @@ import jax
 import numpy as np
 
 from jsparse.arrays import Matrix
-from jsparse.attention import KVCache
-from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
 from jsparse.executors import cpu, xla
 from jsparse.executors.operands import flat, operand, operands
-from jsparse.ffn import FFNSpec
-from jsparse.layers import rope_frequencies
-from jsparse.params import FFNWeights, Predictor
+from jsparse.model.attention import KVCache
+from jsparse.model.config import ModelConfig
+from jsparse.model.ffn import FFNSpec
+from jsparse.model.layers import rope_frequencies
+from jsparse.model.weights import FFNWeights, Predictor
 from jsparse.typing import Array, Float, Int
 
 

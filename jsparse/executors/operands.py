@@ -3,9 +3,9 @@
 from types import ModuleType
 
 from jsparse.arrays import Matrix, QuantizedRows
-from jsparse.attention import KVCache
-from jsparse.ffn import FFNSpec
-from jsparse.params import FFNWeights, Predictor
+from jsparse.model.attention import KVCache
+from jsparse.model.ffn import FFNSpec
+from jsparse.model.weights import FFNWeights, Predictor
 from jsparse.typing import Array, Float, Int
 
 Operand = Array | tuple[Array, Array]

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jsparse.arrays import Matrix, dequantize, take_rows
-from jsparse.attention import attend
-from jsparse.ffn import FFNSpec
-from jsparse.params import FFNWeights, Predictor
+from jsparse.model.attention import attend
+from jsparse.model.ffn import FFNSpec
+from jsparse.model.weights import FFNWeights, Predictor
 from jsparse.typing import Array, Bool, Float, Int
 
 __all__ = ["attend", "dense_ffn", "linear", "linears", "sparse_ffn", "take_rows", "unavailable"]

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from jsparse.arrays import Matrix
-from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
+from jsparse.model.config import ModelConfig
 from jsparse.typing import Array, Float
 
 
@@ -55,7 +55,7 @@ class Params:
 
     Attributes:
       config: the architecture (static).
-      weights: the variables of `jsparse.decoder.Decoder`, one subtree per layer, never stacked:
+      weights: the variables of `jsparse.model.decoder.Decoder`, one subtree per layer, never stacked:
         {"embed": (V, D), "layers_0": {"attention": {...}, "ffn": FFNWeights, ...}, ..., "norm": {...},
         "lm_head": (V, D) unless tied}. Linear weights are (out, in).
       predictors: one `Predictor` per layer, or None for a model that only decodes densely.

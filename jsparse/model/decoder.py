@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jsparse.arrays import Matrix, QuantizedRows
-from jsparse.attention import KVCache
-from jsparse.config import ModelConfig
 from jsparse.errors import JsparseError
 from jsparse.executors import xla
-from jsparse.layers import Block, FeedForward, RMSNorm, Rotation, parameter
+from jsparse.model.attention import KVCache
+from jsparse.model.config import ModelConfig
+from jsparse.model.layers import Block, FeedForward, RMSNorm, Rotation, parameter
 from jsparse.typing import Array, Float, Int
 
 _init_embed = nn.initializers.normal(0.02)

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jsparse.config import FFNKind, ModelConfig
+from jsparse.model.config import FFNKind, ModelConfig
 from jsparse.typing import Array, Float
 
 

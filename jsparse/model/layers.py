@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.attention import KVCache, causal_attention
-from jsparse.config import ModelConfig
-from jsparse.params import FFNWeights
+from jsparse.model.attention import KVCache, causal_attention
+from jsparse.model.config import ModelConfig
+from jsparse.model.weights import FFNWeights
 from jsparse.typing import Array, Float, Int
 
 _init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)

@@ -1,0 +1,1 @@
+"""What a model is: its configuration, weights and caches, and the decoder that executors compute."""
