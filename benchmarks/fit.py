@@ -18,15 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.shapes import SHAPES
-from jsparse.calibration import fit_layer
-from jsparse.calibration_options import CalibrationOptions
 from jsparse.model.weights import FFNWeights
-from jsparse.predictor import fit_svd
-from jsparse.thresholds import calibrate_bias
+from jsparse.predictors.fit import fit_layer
+from jsparse.predictors.options import CalibrationOptions
+from jsparse.predictors.svd import fit_svd
+from jsparse.predictors.thresholds import calibrate_bias
 
 
 def naive_thresholds(scores: np.ndarray, importance: np.ndarray, target: float, levels: int = 256) -> np.ndarray:
-    """The greedy of `jsparse.thresholds`, one step at a time."""
+    """The greedy of `jsparse.predictors.thresholds`, one step at a time."""
     num_neurons, num_tokens = scores.shape
     order = np.argsort(scores, axis=1)
     lost = np.cumsum(np.take_along_axis(importance, order, axis=1), axis=1, dtype=np.float64)

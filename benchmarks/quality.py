@@ -18,11 +18,11 @@ from rich.table import Table
 
 import jsparse
 from jsparse.calibrate import default_texts
-from jsparse.calibration_options import CalibrationOptions
 from jsparse.checkpoint import DEFAULT_MODEL, DTYPES
 from jsparse.executors.select import select_executor
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
+from jsparse.predictors.options import CalibrationOptions
 
 SPARSITIES = (0.5, 0.7, 0.85, 0.95)
 RANK_SHARES = (16, 8, 4)

@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jsparse.calibration import fit_predictors
-from jsparse.calibration_options import CalibrationOptions, LayerReport
 from jsparse.checkpoint import DEFAULT_MODEL, DTYPES, check_new, load, save
 from jsparse.commands import Parser, run_command
 from jsparse.directories import check_pointer, read_path
 from jsparse.errors import JsparseError
 from jsparse.model.config import SPARSE_KINDS
 from jsparse.model.weights import Params
+from jsparse.predictors.fit import fit_predictors
+from jsparse.predictors.options import CalibrationOptions, LayerReport
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,17 +14,13 @@ from jaxtyping import install_import_hook
 
 # Not the pytrees in arrays and model.weights: JAX also builds those around leaves that are no arrays.
 _CHECKED = (
-    "calibration",
-    "calibration_options",
-    "calibration_state",
     "executors",
     "generation",
     "model.decoder",
     "model.ffn",
     "model.layers",
-    "predictor",
+    "predictors",
     "sampling",
-    "thresholds",
 )
 install_import_hook([f"jsparse.{module}" for module in _CHECKED], "beartype.beartype")
 

@@ -19,12 +19,13 @@ from conftest import TINY, random_params
 from test_generation import byte_tokenizer
 
 import jsparse
-from jsparse import calibrate, calibration_state
+from jsparse import calibrate
 from jsparse.arrays import QuantizedRows
-from jsparse.calibration import CalibrationOptions, fit_layers, make_rows
 from jsparse.executors import xla
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
+from jsparse.predictors import state as calibration_state
+from jsparse.predictors.fit import CalibrationOptions, fit_layers, make_rows
 
 SMALL = dataclasses.replace(TINY, hidden_size=32, intermediate_size=96, num_heads=2)
 TOKENS = [np.random.default_rng(2).integers(0, SMALL.vocab_size, 900)]
@@ -293,8 +294,8 @@ def test_a_resumed_calibration_is_identical(bits, small, tmp_path):
 
 def test_finished_layers_are_not_fitted_again(small, tmp_path, monkeypatch):
     fit(small, state_dir=tmp_path)
-    monkeypatch.setattr("jsparse.calibration.fit_layer", None)
-    monkeypatch.setattr("jsparse.calibration._run_block", None)
+    monkeypatch.setattr("jsparse.predictors.fit.fit_layer", None)
+    monkeypatch.setattr("jsparse.predictors.fit._run_block", None)
     fit(small, state_dir=tmp_path)
 
 
@@ -304,7 +305,7 @@ def test_a_crash_between_any_two_writes_changes_nothing(during, small, uninterru
 
     `_replace` dies before a file is begun, `os.replace` when it is written but not in place.
     """
-    name = f"jsparse.calibration_state.{during}"
+    name = f"jsparse.predictors.state.{during}"
     originals = {"_replace": calibration_state._replace, "os.replace": os.replace, "Path.unlink": Path.unlink}
     original = originals[during]
     crashes = 0

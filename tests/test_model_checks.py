@@ -14,7 +14,7 @@ from conftest import TINY, random_params
 import jsparse
 from jsparse.arrays import QuantizedRows, dequantize
 from jsparse.checkpoint import save
-from jsparse.predictor import fit_low_bit, fit_svd
+from jsparse.predictors.svd import fit_low_bit, fit_svd
 
 
 @pytest.mark.parametrize(

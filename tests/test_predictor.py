@@ -7,7 +7,7 @@ import oracle
 import pytest
 
 from jsparse.errors import JsparseError
-from jsparse.predictor import fit_low_bit, fit_svd
+from jsparse.predictors.svd import fit_low_bit, fit_svd
 
 WIDTH, NEURONS = 96, 256
 

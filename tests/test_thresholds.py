@@ -6,7 +6,7 @@ import oracle
 import pytest
 
 from jsparse.errors import JsparseError
-from jsparse.thresholds import calibrate_bias, level_costs, raise_levels
+from jsparse.predictors.thresholds import calibrate_bias, level_costs, raise_levels
 
 
 def problem(seed, num_neurons=40, num_tokens=120, kind="smooth"):

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.arrays import QuantizedRows
-from jsparse.calibration_options import CalibrationOptions, LayerReport
 from jsparse.checkpoint import digest
 from jsparse.errors import JsparseError
 from jsparse.model.weights import Params, Predictor
+from jsparse.predictors.options import CalibrationOptions, LayerReport
 
 
 class CalibrationState:

@@ -9,8 +9,8 @@ import numpy as np
 from jsparse.errors import JsparseError
 from jsparse.model.config import ModelConfig
 from jsparse.options import check_flag, is_number, is_whole
-from jsparse.predictor import BITS, check_rank
-from jsparse.thresholds import BiasMode, SilencedRule
+from jsparse.predictors.svd import BITS, check_rank
+from jsparse.predictors.thresholds import BiasMode, SilencedRule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.arrays import Matrix, dequantize, take_rows
-from jsparse.calibration_options import CalibrationOptions, LayerReport
-from jsparse.calibration_state import CalibrationState
 from jsparse.directories import read_path
 from jsparse.errors import JsparseError
 from jsparse.executors import xla
@@ -26,9 +24,11 @@ from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import Block, Rotation
 from jsparse.model.weights import FFNWeights, Params, Predictor, check_params
 from jsparse.options import check_callback
-from jsparse.predictor import fit_low_bit
+from jsparse.predictors.options import CalibrationOptions, LayerReport
+from jsparse.predictors.state import CalibrationState
+from jsparse.predictors.svd import fit_low_bit
+from jsparse.predictors.thresholds import fit_bias
 from jsparse.settings import each_with_own_settings, own_settings
-from jsparse.thresholds import fit_bias
 from jsparse.typing import Array, Float, Int
 
 MAX_SEQUENCE = 512
