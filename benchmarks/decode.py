@@ -28,8 +28,8 @@ from benchmarks.report import Engine, cpu_probe, positive, print_json, seconds
 from benchmarks.rotation import nbytes
 from benchmarks.shapes import SHAPES
 from jsparse.arrays import Matrix
+from jsparse.decoding.loop import DecodeState, Model, Sampling, bucket, decode_chunk
 from jsparse.executors.select import select_executor
-from jsparse.generation import DecodeState, Model, Sampling, bucket, decode_chunk
 from jsparse.model.decoder import weight_shapes
 from jsparse.model.ffn import FFNSpec
 

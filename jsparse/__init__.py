@@ -1,12 +1,12 @@
 """Training-free contextual sparsity for ReGLU language models, in JAX."""
 
 from jsparse.checkpoint import load, save
+from jsparse.decoding.generate import generate
 from jsparse.errors import JsparseError
 from jsparse.model.config import PRESETS, ModelConfig
 from jsparse.model.weights import FFNWeights, Params, Predictor
 from jsparse.predictors.fit import fit_predictors
 from jsparse.predictors.options import CalibrationOptions, LayerReport
-from jsparse.prompting import generate
 
 __version__ = "0.1.1"
 __all__ = [

@@ -12,12 +12,12 @@ from rich.markup import escape
 from jsparse import calibrate
 from jsparse.checkpoint import DTYPES, load
 from jsparse.commands import Parser, run_command
+from jsparse.decoding.generate import generate
+from jsparse.decoding.statistics import Statistics
 from jsparse.errors import JsparseError
 from jsparse.executors.select import EXECUTORS
 from jsparse.model.config import FFN_KINDS
 from jsparse.model.weights import Params
-from jsparse.prompting import generate
-from jsparse.statistics import Statistics
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,12 +15,12 @@ from jaxtyping import install_import_hook
 # Not the pytrees in arrays and model.weights: JAX also builds those around leaves that are no arrays.
 _CHECKED = (
     "executors",
-    "generation",
+    "decoding.loop",
+    "decoding.sampling",
     "model.decoder",
     "model.ffn",
     "model.layers",
     "predictors",
-    "sampling",
 )
 install_import_hook([f"jsparse.{module}" for module in _CHECKED], "beartype.beartype")
 

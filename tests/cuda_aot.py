@@ -26,8 +26,8 @@ from jax.experimental import topologies
 import pallas_kernels
 from benchmarks.shapes import SHAPES
 from jsparse.arrays import QuantizedRows
+from jsparse.decoding.loop import DecodeState, Model, Sampling, decode_chunk
 from jsparse.executors import cuda
-from jsparse.generation import DecodeState, Model, Sampling, decode_chunk
 from jsparse.model.decoder import weight_shapes
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.weights import Predictor

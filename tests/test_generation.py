@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerFast
 
 import jsparse
 from convert import from_huggingface
+from jsparse.decoding.loop import decode_chunk, prefill
+from jsparse.decoding.sampling import sample
 from jsparse.executors import xla
-from jsparse.generation import decode_chunk, prefill
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.weights import Predictor
-from jsparse.sampling import sample
 from jsparse.text.tokenizer import Tokenizer
 
 PROMPT = np.random.default_rng(3).integers(0, TINY.vocab_size, 11)
@@ -409,7 +409,7 @@ def test_the_loop_stops_with_its_sequences(tiny_fitted, monkeypatch):
         calls.append(int((np.asarray(out[0].position) - before).max()))
         return out
 
-    monkeypatch.setattr("jsparse.generation.decode_chunk", counted)
+    monkeypatch.setattr("jsparse.decoding.loop.decode_chunk", counted)
     jsparse.generate(with_eos(tiny_fitted, tokens[2]), PROMPT, max_new_tokens=200)
     assert calls == [tokens.index(tokens[2])]
     calls.clear()

@@ -21,10 +21,10 @@ from tokenizer_files import LLAMA, byte_fallback, byte_level, write_scripted, wr
 
 import convert
 import jsparse
-from jsparse import generation
 from jsparse.calibrate import read_prompts
+from jsparse.decoding import loop
+from jsparse.decoding.loop import Decoding, Sampling
 from jsparse.executors.select import select_executor
-from jsparse.generation import Decoding, Sampling
 
 CONFIG = ROWS["SparseLLM/ReluLLaMA-7B"] | {"eos_token_id": None, "torch_dtype": "float16"}
 PROMPT = [5, 9, 33, 7]
@@ -125,7 +125,7 @@ def test_an_answer_that_has_ended_is_not_lost_to_what_would_have_come(tmp_path):
 
 def test_a_cache_that_cannot_hold_what_comes_says_so(tmp_path, monkeypatch):
     """The headroom is taken away, so that float16 is kept for values that it cannot hold."""
-    monkeypatch.setattr(generation, "_HEADROOM", 0)
+    monkeypatch.setattr(loop, "_HEADROOM", 0)
     params = jsparse.load(float16_checkpoint(tmp_path, 15000))
     with pytest.raises(jsparse.JsparseError, match=r"from layer \d on \(cache in float16\).*dtype='float32'"):
         jsparse.generate(params, PROMPT, max_new_tokens=12, executor="xla")

@@ -141,7 +141,7 @@ class DeviceLoop:
         choose: Callable | None,
         chunk: int,
     ):
-        """state: a `generation.DecodeState`. choose: from logits and keys to tokens and keys; None for greedy."""
+        """state: a `loop.DecodeState`. choose: from logits and keys to tokens and keys; None for greedy."""
         import cann_bridge
 
         layers = [
@@ -171,7 +171,7 @@ class DeviceLoop:
         self._decoder.finish(rows)
 
     def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray, list[int] | None]:
-        """Tokens (B, steps), PAD after a sequence's end, and counts (L, 2), as `generation.decode_chunk`.
+        """Tokens (B, steps), PAD after a sequence's end, and counts (L, 2), as `loop.decode_chunk`.
 
         Third, the neurons of each layer whose rows a captured graph read for every token; None where only rows that
         the counts account for were read.

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jsparse.decoding.loop import CHUNK, Decoding, Sampling
+from jsparse.decoding.statistics import PAD, Statistics
 from jsparse.errors import JsparseError
 from jsparse.executors.select import select_executor
-from jsparse.generation import CHUNK, Decoding, Sampling
 from jsparse.model.weights import Params, check_params
 from jsparse.options import check_callback, check_flag, is_whole, read_number, read_whole
 from jsparse.settings import each_with_own_settings, own_settings
-from jsparse.statistics import PAD, Statistics
 from jsparse.text.completion import TextCompletion, TokenCompletion
 
 _STREAM_STEPS = 4

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse.decoding.sampling import greedy, sample
+from jsparse.decoding.statistics import PAD, Statistics
 from jsparse.errors import JsparseError
 from jsparse.model.attention import KVCache, fill_cache
 from jsparse.model.config import ModelConfig
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.weights import Params
-from jsparse.sampling import greedy, sample
-from jsparse.statistics import PAD, Statistics
 from jsparse.typing import Array, Bool, Float, Int, Shaped
 
 CHUNK = 32
@@ -49,7 +49,7 @@ class Sampling:
     """How tokens are chosen; only `is_greedy` is static, so other values compile nothing.
 
     Attributes:
-      temperature, top_k, top_p: as in `jsparse.sampling.sample`.
+      temperature, top_k, top_p: as in `jsparse.decoding.sampling.sample`.
       eos_ids: (n,) int32, tokens that end a sequence.
       is_greedy: take the most likely token.
     """
