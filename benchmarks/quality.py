@@ -17,8 +17,9 @@ from rich.progress import track
 from rich.table import Table
 
 import jsparse
+from jsparse.arrays import DTYPES
 from jsparse.calibrate import default_texts
-from jsparse.checkpoint import DEFAULT_MODEL, DTYPES
+from jsparse.checkpoints.open import DEFAULT_MODEL
 from jsparse.executors.select import select_executor
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec

@@ -11,7 +11,8 @@ from pathlib import Path
 import jsparse
 from convert import ConversionError, export_predictors, import_predictors, to_huggingface
 from convert.files import check_destination, check_writable
-from jsparse.checkpoint import DTYPES, check_new
+from jsparse.arrays import DTYPES
+from jsparse.checkpoints.native import check_new
 from jsparse.commands import Parser, run_command
 from jsparse.directories import read_path
 from jsparse.model.config import FFN_KINDS

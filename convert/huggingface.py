@@ -25,8 +25,7 @@ from convert.mapping import (
     with_prefix,
 )
 from convert.tensors import open_checkpoint, read_safetensors
-from jsparse.arrays import QuantizedRows
-from jsparse.checkpoint import DTYPES
+from jsparse.arrays import DTYPES, QuantizedRows
 from jsparse.directories import read_path
 from jsparse.model.config import FFNKind
 from jsparse.model.weights import Params, check_params

@@ -1,6 +1,7 @@
 """Training-free contextual sparsity for ReGLU language models, in JAX."""
 
-from jsparse.checkpoint import load, save
+from jsparse.checkpoints.native import save
+from jsparse.checkpoints.open import load
 from jsparse.decoding.generate import generate
 from jsparse.errors import JsparseError
 from jsparse.model.config import PRESETS, ModelConfig

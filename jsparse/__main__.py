@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from jsparse import calibrate
-from jsparse.checkpoint import DTYPES, load
+from jsparse.arrays import DTYPES
+from jsparse.checkpoints.open import load
 from jsparse.commands import Parser, run_command
 from jsparse.decoding.generate import generate
 from jsparse.decoding.statistics import Statistics

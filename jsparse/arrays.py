@@ -10,6 +10,8 @@ import numpy as np
 
 from jsparse.typing import Array, Float, Int, Shaped
 
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+"""What matrices may be stored in."""
 _CAST_ELEMENTS = 1 << 22
 _CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jsparse.checkpoint import DEFAULT_MODEL, DTYPES, check_new, load, save
+from jsparse.arrays import DTYPES
+from jsparse.checkpoints.native import check_new, save
+from jsparse.checkpoints.open import DEFAULT_MODEL, load
 from jsparse.commands import Parser, run_command
 from jsparse.directories import check_pointer, read_path
 from jsparse.errors import JsparseError

@@ -379,7 +379,7 @@ def test_standard_input_that_is_no_text(text, saved, capsys, monkeypatch):
     refused(capsys, __main__.main, "generate", saved, "-")
 
 
-@pytest.mark.parametrize("place", ["jsparse.predictors.state._replace", "jsparse.checkpoint._save_arrays"])
+@pytest.mark.parametrize("place", ["jsparse.predictors.state._replace", "jsparse.checkpoints.native._save_arrays"])
 def test_a_full_disk(place, places, saved, tmp_path, capsys, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device", "OUT")

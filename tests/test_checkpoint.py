@@ -198,8 +198,8 @@ def test_a_failure_while_writing_changes_nothing(failure, place, exists, small, 
         return function
 
     owner, name, number = {
-        "_save_arrays": (jsparse.checkpoint, "_save_arrays", 1),
-        "predictors": (jsparse.checkpoint, "_save_arrays", 2),
+        "_save_arrays": (jsparse.checkpoints.native, "_save_arrays", 1),
+        "predictors": (jsparse.checkpoints.native, "_save_arrays", 2),
         "tokenizer": (type(fitted.tokenizer), "save", 1),
         "manifest": (Path, "write_text", 1),
         "rename": (Path, "rename", 1),

@@ -318,7 +318,7 @@ def test_interruption_leaves_nothing(mode, tmp_path, capsys, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jsparse.checkpoint._save_arrays", interrupt)
+    monkeypatch.setattr("jsparse.checkpoints.native._save_arrays", interrupt)
     monkeypatch.setattr("convert.huggingface.save_file", interrupt)
     assert exit_code([str(source), str(tmp_path / "out"), *mode]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"

@@ -6,7 +6,7 @@ import pytest
 
 import jsparse
 from benchmarks.quality import held_out_rows, read_lines, teacher_forced
-from jsparse.checkpoint import DEFAULT_MODEL
+from jsparse.checkpoints.open import DEFAULT_MODEL
 from jsparse.executors.select import select_executor
 
 

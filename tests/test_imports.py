@@ -58,7 +58,7 @@ def test_jsparse_reaches_the_leaves_in_their_adapters_only_and_convert_lazily():
             if name in LEAVES | {"convert"}:
                 assert not at_import, f"{relative} imports {name} at import time"
             if name == "convert":
-                assert relative == "jsparse/checkpoint.py", f"{relative} imports convert"
+                assert relative == "jsparse/checkpoints/open.py", f"{relative} imports convert"
 
 
 def test_core_modules_do_not_import_heavy_libraries_at_import_time():

@@ -13,7 +13,7 @@ from conftest import TINY, random_params
 
 import jsparse
 from jsparse.arrays import QuantizedRows, dequantize
-from jsparse.checkpoint import save
+from jsparse.checkpoints.native import save
 from jsparse.predictors.svd import fit_low_bit, fit_svd
 
 

@@ -16,8 +16,8 @@ from without_rights import run
 
 import convert
 import jsparse
-from jsparse import checkpoint
 from jsparse.calibrate import main as calibrate
+from jsparse.checkpoints import native
 
 LLAMA = ROWS["dense-llama"]
 NAMES = (
@@ -81,18 +81,18 @@ def test_what_cannot_be_read_back_is_no_success(small, tmp_path, monkeypatch):
     """Orbax does not notice where the file is missing that leads to all others."""
     jsparse.save(small, tmp_path / "m")
     kept = jsparse.load(tmp_path / "m")
-    write_arrays = checkpoint._save_arrays
+    write_arrays = native._save_arrays
 
     def lose(directory, arrays):
         write_arrays(directory, arrays)
         (directory / "manifest.ocdbt").unlink()
 
-    monkeypatch.setattr(checkpoint, "_save_arrays", lose)
+    monkeypatch.setattr(native, "_save_arrays", lose)
     with pytest.raises(jsparse.JsparseError, match="cannot be read"):
         jsparse.save(random_params(TINY, seed=1), tmp_path / "m", force=True)
     monkeypatch.undo()
     assert same(jsparse.load(tmp_path / "m"), kept)
-    monkeypatch.setattr(checkpoint, "_save_arrays", lose)
+    monkeypatch.setattr(native, "_save_arrays", lose)
     with pytest.raises(jsparse.JsparseError, match="cannot be read"):
         jsparse.save(small, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
@@ -103,7 +103,7 @@ def test_a_calibration_that_cannot_be_saved_keeps_its_state(tmp_path, monkeypatc
         raise OSError("the disk is gone")
 
     options = ["default", "--output", str(tmp_path / "m"), "--rank", "8", "--tokens", "1000"]
-    monkeypatch.setattr(checkpoint, "_save_arrays", fail)
+    monkeypatch.setattr(native, "_save_arrays", fail)
     with pytest.raises(SystemExit):
         calibrate(options)
     assert (tmp_path / "m.unfinished").is_dir()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.arrays import QuantizedRows
-from jsparse.checkpoint import digest
+from jsparse.checkpoints.native import digest
 from jsparse.errors import JsparseError
 from jsparse.model.weights import Params, Predictor
 from jsparse.predictors.options import CalibrationOptions, LayerReport

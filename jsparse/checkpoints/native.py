@@ -1,4 +1,4 @@
-"""Save and load: one directory with config, weights, predictors and tokenizer.
+"""Our own directories: one with config, weights, predictors and tokenizer.
 
 jsparse.json   format version, config, storage of every array, and a checksum over these
 weights/       Orbax checkpoint of the flattened weights
@@ -31,8 +31,6 @@ from jsparse.text.files import load_tokenizer
 _MANIFEST = "jsparse.json"
 _FORMAT = 1
 _PORTION = 2**29
-DTYPES = ("float32", "bfloat16", "float16", "int8")
-DEFAULT_MODEL = Path(__file__).parent / "default_model"
 
 
 @with_own_settings
@@ -68,37 +66,6 @@ def save(params: Params, directory: str | Path, *, force: bool = False) -> None:
         _read_back(partial)
 
 
-@with_own_settings
-def load(directory: str | Path, *, dtype: str | None = None, ffn: str | None = None) -> Params:
-    """Load a model.
-
-    Args:
-      directory: "default" for the model in the package, a directory written by `save`, or a Hugging Face checkpoint,
-        which is converted in memory.
-      dtype: of the matrices: float32, bfloat16, float16 or int8 (rows with one scale each, the embedding left as it
-        is); as stored if None. Norm scales and biases are always float32.
-      ffn: the FFN kind of a Hugging Face checkpoint that does not say it (reglu, drelu, fatrelu, swiglu).
-
-    Raises:
-      JsparseError: the path is missing, is not a checkpoint, or its content does not fit; the message says what.
-    """
-    path = DEFAULT_MODEL if isinstance(directory, str) and directory == "default" else read_path(directory)
-    if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
-        raise JsparseError(f"dtype is {dtype!r} and must be one of {', '.join(DTYPES)}")
-    try:
-        path.stat()
-        is_own = (path / _MANIFEST).is_file()
-    except OSError as error:
-        raise JsparseError(f"{path}: {error.strerror.lower()}") from error
-    if is_own:
-        if ffn is not None:
-            raise JsparseError(f"{path}: ffn is chosen on conversion; this is already a jsparse directory")
-        return _load_directory(path, dtype)
-    from convert import from_huggingface
-
-    return from_huggingface(path, dtype=dtype, ffn=ffn)
-
-
 def read_manifest(directory: str | Path) -> dict[str, Any]:
     """The checked content of jsparse.json.
 
@@ -127,15 +94,25 @@ def check_new(directory: str | Path, *, force: bool = False) -> None:
         raise JsparseError(f"{directory}: {error.strerror or error}") from error
     if directory.exists() and not force:
         raise JsparseError(f"{directory} exists; choose another name, or replace it with --force (force=True)")
-    if directory.exists() and not (directory / _MANIFEST).is_file() and not _is_empty(directory):
+    if directory.exists() and not is_native(directory) and not _is_empty(directory):
         raise JsparseError(f"{directory} exists and holds something else than a jsparse model; it is left alone")
+
+
+def is_native(directory: Path) -> bool:
+    """Whether a directory was written by `save`."""
+    return (directory / _MANIFEST).is_file()
 
 
 def _is_empty(directory: Path) -> bool:
     return directory.is_dir() and not any(directory.iterdir())
 
 
-def _load_directory(path: Path, dtype: str | None) -> Params:
+def load_native(path: Path, dtype: str | None) -> Params:
+    """The model in a directory that `save` wrote, its matrices in another dtype if one is given.
+
+    Raises:
+      JsparseError: a file is missing, damaged or of another format, or a weight does not fit in the dtype.
+    """
     manifest = read_manifest(path)
     try:
         config = ModelConfig.from_dict(manifest["config"])

@@ -1,0 +1,1 @@
+"""Models on disk: our own directories, and any path that `load` takes."""
