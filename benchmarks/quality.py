@@ -18,12 +18,12 @@ from rich.table import Table
 
 import jsparse
 from jsparse.arrays import DTYPES
-from jsparse.calibrate import default_texts
 from jsparse.checkpoints.open import DEFAULT_MODEL
 from jsparse.executors.select import select_executor
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
 from jsparse.predictors.options import CalibrationOptions
+from jsparse.predictors.texts import default_texts
 
 SPARSITIES = (0.5, 0.7, 0.85, 0.95)
 RANK_SHARES = (16, 8, 4)

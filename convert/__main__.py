@@ -13,7 +13,7 @@ from convert import ConversionError, export_predictors, import_predictors, to_hu
 from convert.files import check_destination, check_writable
 from jsparse.arrays import DTYPES
 from jsparse.checkpoints.native import check_new
-from jsparse.commands import Parser, run_command
+from jsparse.cli.command import Parser, run_command
 from jsparse.directories import read_path
 from jsparse.model.config import FFN_KINDS
 

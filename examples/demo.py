@@ -3,8 +3,9 @@
 import statistics
 
 import jsparse
-from jsparse.calibrate import default_texts, fit_with_progress, print_reports
+from jsparse.cli.calibrate import fit_with_progress, print_reports
 from jsparse.executors.select import select_executor
+from jsparse.predictors.texts import default_texts
 
 PROMPT = ">>> 37 + 58 - 12\n"
 NEW_TOKENS = 100

@@ -1,12 +1,12 @@
 """Training-free contextual sparsity for ReGLU language models, in JAX."""
 
+from jsparse.api import fit_predictors
 from jsparse.checkpoints.native import save
 from jsparse.checkpoints.open import load
 from jsparse.decoding.generate import generate
 from jsparse.errors import JsparseError
 from jsparse.model.config import PRESETS, ModelConfig
 from jsparse.model.weights import FFNWeights, Params, Predictor
-from jsparse.predictors.fit import fit_predictors
 from jsparse.predictors.options import CalibrationOptions, LayerReport
 
 __version__ = "0.1.1"

@@ -15,7 +15,7 @@ from conftest import TINY, random_params
 from test_generation import byte_tokenizer
 
 import jsparse
-from jsparse import __main__, calibrate
+from jsparse.cli import calibrate, info, main
 
 ROOT = Path(__file__).parents[1]
 SMALL = dataclasses.replace(
@@ -362,7 +362,7 @@ def test_commands(name, places, tmp_path, capsys):
     arguments, message = COMMANDS[name]
     arguments = [places.get(argument, argument) for argument in arguments]
     before = sorted(tmp_path.rglob("*"))
-    printed = refused(capsys, __main__.main, *arguments)
+    printed = refused(capsys, main.main, *arguments)
     assert message.replace("SAVED", places["SAVED"]) in printed
     left = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
     assert all("OUT.unfinished" in str(path) for path in left)
@@ -376,7 +376,7 @@ def test_standard_input_that_is_no_text(text, saved, capsys, monkeypatch):
     import io
 
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
-    refused(capsys, __main__.main, "generate", saved, "-")
+    refused(capsys, main.main, "generate", saved, "-")
 
 
 @pytest.mark.parametrize("place", ["jsparse.predictors.state._replace", "jsparse.checkpoints.native._save_arrays"])
@@ -397,8 +397,8 @@ def test_ctrl_c_in_process(places, saved, capsys, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(__main__, "load", interrupt)
-    assert refused(capsys, __main__.main, "info", saved, code=130) == "error: interrupted\n"
+    monkeypatch.setattr(info, "load", interrupt)
+    assert refused(capsys, main.main, "info", saved, code=130) == "error: interrupted\n"
 
 
 def run(*arguments: object, **options) -> subprocess.Popen:

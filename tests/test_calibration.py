@@ -19,13 +19,14 @@ from conftest import TINY, random_params
 from test_generation import byte_tokenizer
 
 import jsparse
-from jsparse import calibrate
 from jsparse.arrays import QuantizedRows
+from jsparse.cli import calibrate
 from jsparse.executors import xla
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
 from jsparse.predictors import state as calibration_state
 from jsparse.predictors.fit import CalibrationOptions, fit_layers, make_rows
+from jsparse.predictors.texts import read_prompts
 
 SMALL = dataclasses.replace(TINY, hidden_size=32, intermediate_size=96, num_heads=2)
 TOKENS = [np.random.default_rng(2).integers(0, SMALL.vocab_size, 900)]
@@ -252,7 +253,7 @@ def test_chats_and_texts_are_tokenised(tmp_path):
     lines = [{"text": words[0]}, *({"messages": chat} for chat in chats)]
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    texts = calibrate.read_prompts(path)
+    texts = read_prompts(path)
     assert texts == [words[0], *chats]
     # The template ends for the assistant's turn, so the expected text is written out here.
     stream = words[0] + "".join(f"<user>{word}<assistant>ok" for word in words)
@@ -267,7 +268,7 @@ def test_a_line_separator_inside_a_text_does_not_end_its_line(tmp_path):
     path = tmp_path / "prompts.jsonl"
     texts = ["one\u2028two", "three\u0085four", "five\u2029six"]
     path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), "utf-8")
-    assert calibrate.read_prompts(path) == texts
+    assert read_prompts(path) == texts
 
 
 class Crash(BaseException):

@@ -98,7 +98,7 @@ def test_wrong_arguments_are_named(call, message):
 _HASHED = """
 import hashlib, jax, jax.numpy as jnp, numpy as np
 import cpu_kernels, jsparse
-from jsparse.calibrate import default_texts
+from jsparse.predictors.texts import default_texts
 from test_executors import problem
 from jsparse.executors import cpu
 from jsparse.model.ffn import FFNSpec

@@ -21,10 +21,10 @@ from tokenizer_files import LLAMA, byte_fallback, byte_level, write_scripted, wr
 
 import convert
 import jsparse
-from jsparse.calibrate import read_prompts
 from jsparse.decoding import loop
 from jsparse.decoding.loop import Decoding, Sampling
 from jsparse.executors.select import select_executor
+from jsparse.predictors.texts import read_prompts
 
 CONFIG = ROWS["SparseLLM/ReluLLaMA-7B"] | {"eos_token_id": None, "torch_dtype": "float16"}
 PROMPT = [5, 9, 33, 7]

@@ -16,8 +16,8 @@ from without_rights import run
 
 import convert
 import jsparse
-from jsparse.calibrate import main as calibrate
 from jsparse.checkpoints import native
+from jsparse.cli.calibrate import main as calibrate
 
 LLAMA = ROWS["dense-llama"]
 NAMES = (

@@ -9,7 +9,7 @@ from tokenizer_files import LLAMA, byte_fallback, byte_level, special, write_scr
 from tokenizers import Tokenizer, decoders, models
 
 import jsparse
-from jsparse.__main__ import main as command_line
+from jsparse.cli.main import main as command_line
 from jsparse.text.completion import TextCompletion
 from jsparse.text.files import load_tokenizer
 from jsparse.text.tokenizer import Tokenizer as TextTokenizer

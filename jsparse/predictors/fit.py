@@ -5,8 +5,7 @@ half the thresholds. The first position of a sequence is left out of both: it is
 are like no other token's, and it is never decoded sparsely.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.arrays import Matrix, dequantize, take_rows
-from jsparse.directories import read_path
 from jsparse.errors import JsparseError
 from jsparse.executors import xla
 from jsparse.model.config import ModelConfig
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import Block, Rotation
-from jsparse.model.weights import FFNWeights, Params, Predictor, check_params
-from jsparse.options import check_callback
+from jsparse.model.weights import FFNWeights, Params, Predictor
 from jsparse.predictors.options import CalibrationOptions, LayerReport
 from jsparse.predictors.state import CalibrationState
 from jsparse.predictors.svd import fit_low_bit
 from jsparse.predictors.thresholds import fit_bias
-from jsparse.settings import each_with_own_settings, own_settings
 from jsparse.typing import Array, Float, Int
 
 MAX_SEQUENCE = 512
@@ -36,45 +32,6 @@ _NEURON_BLOCK = 128
 _TOKEN_BLOCK = 2048
 _LEVELS = 256
 _CAUTIOUS_LAYERS, _CAUTION = 2, 0.1
-
-
-def fit_predictors(
-    params: Params,
-    texts: Sequence[Any] | str,
-    *,
-    on_layer: Callable[[LayerReport], None] | None = None,
-    state_dir: str | Path | None = None,
-    **options: Any,
-) -> Params:
-    """Fit a predictor for every layer.
-
-    Args:
-      params: a model with a reglu, drelu or fatrelu FFN.
-      texts: calibration text, a list of texts or chats (lists of messages), or of 1-D arrays of token ids.
-      on_layer: called after each layer with its report.
-      state_dir: a directory for finished layers; fitting again with the same model, texts and options continues
-        there after an interruption, with identical results.
-      **options: fields of `CalibrationOptions`: rank, bits, sparsity, tokens, seed, ...
-
-    Returns:
-      params with predictors.
-
-    Raises:
-      JsparseError: the model, the texts or an option cannot be used.
-    """
-    check_params(params)
-    check_callback("on_layer", on_layer)
-    settings = CalibrationOptions(**options)
-    settings.check(params.config)
-    state_dir = None if state_dir is None else read_path(state_dir, "state_dir")
-    with own_settings():
-        rows = make_rows(params, texts, settings)
-    predictors = []
-    for predictor, report in each_with_own_settings(fit_layers(params, rows, settings, state_dir)):
-        predictors.append(predictor)
-        if on_layer:
-            on_layer(report)
-    return dataclasses.replace(params, predictors=tuple(predictors))
 
 
 def make_rows(params: Params, texts: Sequence[Any] | str, options: CalibrationOptions) -> Int[np.ndarray, "rows T"]:

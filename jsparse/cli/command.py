@@ -1,4 +1,4 @@
-"""What every command shares: its way to end on a user's mistake."""
+"""What every command shares: how it names a model, and how it ends on a user's mistake."""
 
 import argparse
 import contextlib
@@ -14,7 +14,9 @@ from typing import NoReturn
 
 import jax
 
+from jsparse.arrays import DTYPES
 from jsparse.errors import JsparseError
+from jsparse.model.config import FFN_KINDS
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,6 +24,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(_fail(message, 2))
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """The arguments that name a model and say how to read it."""
+    command.add_argument("model", help="jsparse directory, Hugging Face checkpoint, or 'default'")
+    command.add_argument("--dtype", choices=DTYPES, help="of the weight matrices (default: as stored)")
+    command.add_argument("--ffn", choices=FFN_KINDS, help="FFN kind of a HF checkpoint")
+
+
+def check_output() -> None:
+    """Raises: JsparseError: standard output is closed."""
+    if sys.stdout is None:
+        raise JsparseError("standard output is closed, and there the answer goes")
 
 
 def run_command(command: Callable[[], None]) -> None:

@@ -1,0 +1,1 @@
+"""The commands: arguments in, sentences, tables and plots out; one file each."""
