@@ -8,12 +8,12 @@ of them fit in memory together; `--layers 0 --others` runs jsparse alone at full
 
 import argparse
 import dataclasses
+import math
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,9 @@ from benchmarks.shapes import SHAPES
 from jsparse.arrays import Matrix
 from jsparse.decoding.loop import DecodeState, Model, Sampling, bucket, decode_chunk
 from jsparse.executors.select import select_executor
-from jsparse.model.decoder import weight_shapes
 from jsparse.model.ffn import FFNSpec
+from jsparse.model.parameters import Parameter, make_weights, parameters
+from jsparse.model.weights import Weights
 
 CONTEXT = 1100
 TOKENS = 8
@@ -43,23 +44,21 @@ BYTES = {"bfloat16": 2.0, "int8": 1.0, "bf16": 2.0, "q8_0": 34 / 32}
 """Per element."""
 
 
-def weights_of(config: jsparse.ModelConfig, layer: random_models.Layer, dtype: str) -> dict[str, Any]:
+def weights_of(config: jsparse.ModelConfig, layer: random_models.Layer, dtype: str) -> Weights:
     """Weights of the whole model: every layer the same values in memory of its own."""
     rng = np.random.default_rng(1)
     made: dict[tuple[int, ...], Matrix] = {}
 
-    def leaf(path, shape):
-        name = jax.tree_util.keystr(path)
-        if len(shape.shape) == 1:
-            return jnp.full(shape.shape, 1.0 if "scale" in name else 0.0, jnp.float32)
-        for part in ("gate", "up", "down_t"):
-            if part in name:
-                return random_models.store(getattr(layer.ffn, part), dtype)
-        if shape.shape not in made:
-            made[shape.shape] = random_models.random_matrix(rng, *shape.shape, shape.shape[1] ** -0.5)
-        return random_models.store(made[shape.shape], dtype)
+    def leaf(path: str, entry: Parameter) -> Matrix:
+        if entry.role in ("norm", "bias"):
+            return jnp.full(entry.shape, float(entry.role == "norm"), jnp.float32)
+        if "/ffn/" in path:
+            return random_models.store(getattr(layer.ffn, path.rpartition("/")[2]), dtype)
+        if entry.shape not in made:
+            made[entry.shape] = random_models.random_matrix(rng, *entry.shape, entry.shape[1] ** -0.5)
+        return random_models.store(made[entry.shape], dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, weight_shapes(config))
+    return make_weights(config, leaf)
 
 
 class JsparseDecoder:
@@ -103,8 +102,8 @@ class JsparseDecoder:
         """After a first run, which counts the neurons."""
         self.run()
         config = self._model.config
-        ffn = sum(nbytes(self._weights[f"layers_{i}"]["ffn"]) for i in range(config.num_layers))
-        other = nbytes(self._weights) - ffn - (0 if config.tie_embeddings else nbytes(self._weights["embed"]))
+        ffn = sum(nbytes(layer.ffn) for layer in self._weights.layers)
+        other = nbytes(self._weights) - ffn - (0 if config.tie_embeddings else nbytes(self._weights.embed))
         other += cache_bytes(self._caches[0])
         if self._predictors is None:
             return Engine(name, "dense", dtype, self.run, other + ffn)
@@ -130,9 +129,12 @@ def cache_bytes(caches: tuple) -> float:
 
 def elements(config: jsparse.ModelConfig, unread: Sequence[str] = ("embed",)) -> int:
     """Of all matrices that a dense decode step multiplies with."""
-    shapes = weight_shapes(config)
     unread = () if config.tie_embeddings else unread
-    return sum(s.size for name in shapes if name not in unread for s in jax.tree.leaves(shapes[name]) if s.ndim == 2)
+    return sum(
+        math.prod(entry.shape)
+        for entry in parameters(config).values()
+        if len(entry.shape) == 2 and entry.role not in unread
+    )
 
 
 def random_caches(config: jsparse.ModelConfig) -> tuple:

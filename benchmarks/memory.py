@@ -15,7 +15,7 @@ import numpy as np
 
 import jsparse
 from benchmarks.shapes import SHAPES
-from jsparse.model.decoder import weight_shapes
+from jsparse.model.parameters import weight_shapes
 
 
 def random_weight(shape: jax.ShapeDtypeStruct, rng: np.random.Generator) -> jax.Array:

@@ -22,6 +22,7 @@ from jsparse.checkpoints.open import DEFAULT_MODEL
 from jsparse.executors.select import select_executor
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
+from jsparse.model.layers import apply
 from jsparse.predictors.options import CalibrationOptions
 from jsparse.predictors.texts import default_texts
 
@@ -59,7 +60,7 @@ def teacher_forced(weights, predictors, row, config, executor):
         return y[None], jnp.append(jnp.sum(counts, axis=0), active)
 
     decoder = Decoder(config, executor)
-    logits, _, counts = decoder.apply({"params": weights}, row[None], jnp.arange(row.size)[None], feed_forward)
+    logits, _, counts = apply(decoder, weights, row[None], jnp.arange(row.size)[None], feed_forward)
     return jax.nn.log_softmax(logits[0]), jnp.stack(counts)
 
 

@@ -19,9 +19,7 @@ from convert.mapping import (
     TRAINED_PREDICTOR,
     head_is_embedding,
     read_weights,
-    stored_array,
-    stored_dtype,
-    weight_table,
+    stored_arrays,
     with_prefix,
 )
 from convert.tensors import open_checkpoint, read_safetensors
@@ -101,10 +99,8 @@ def to_huggingface(params: Params, directory: str | Path) -> None:
       ConversionError: the directory exists, or no architecture has this combination of features.
     """
     check_params(params)
-    table = weight_table(params.config)
-    dtype = stored_dtype(params.weights, table["model.embed_tokens.weight"]).name
-    config = write_config(params.config, dtype)
-    arrays = {name: np.ascontiguousarray(stored_array(params.weights, slot)) for name, slot in table.items()}
+    arrays = stored_arrays(params.weights, params.config)
+    config = write_config(params.config, arrays["model.embed_tokens.weight"].dtype.name)
     if any(isinstance(leaf, QuantizedRows) for leaf in jax.tree.leaves(params.weights, is_leaf=_is_quantized)):
         logger.warning("int8 matrices are written as float32, which Hugging Face directories have instead.")
     with new_directory(read_path(directory)) as temporary:

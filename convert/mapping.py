@@ -2,8 +2,9 @@
 
 import functools
 import math
+import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ from convert.errors import ConversionError, listing
 from convert.tensors import Index, StoredTensor
 from jsparse.arrays import QuantizedRows, aligned_empty, dequantize, quantize_rows_jit
 from jsparse.model.config import ModelConfig
-from jsparse.model.decoder import weight_shapes
-from jsparse.model.weights import FFNWeights
+from jsparse.model.parameters import Role, by_path, make_weights, parameters
+from jsparse.model.weights import Weights
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _BLOCK_ELEMENTS = 2**20
@@ -26,65 +27,56 @@ _LONG = 2**31
 TRAINED_PREDICTOR = ("mlp.predictor.fc1.weight", "mlp.predictor.fc2.weight")
 _IGNORED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", *TRAINED_PREDICTOR)
 
-_LAYER = {
-    "input_layernorm.weight": ("input_norm", "scale"),
-    "self_attn.q_proj.weight": ("attention", "q_proj"),
-    "self_attn.q_proj.bias": ("attention", "q_bias"),
-    "self_attn.k_proj.weight": ("attention", "k_proj"),
-    "self_attn.k_proj.bias": ("attention", "k_bias"),
-    "self_attn.v_proj.weight": ("attention", "v_proj"),
-    "self_attn.v_proj.bias": ("attention", "v_bias"),
-    "self_attn.o_proj.weight": ("attention", "o_proj"),
-    "post_attention_layernorm.weight": ("post_attention_norm", "scale"),
-    "mlp.gate_proj.weight": ("ffn", "gate"),
-    "mlp.up_proj.weight": ("ffn", "up"),
-    "mlp.down_proj.weight": ("ffn", "down_t"),
+_NAMES = {
+    "embed": "model.embed_tokens.weight",
+    "input_norm": "input_layernorm.weight",
+    "attention/q/rows": "self_attn.q_proj.weight",
+    "attention/q/bias": "self_attn.q_proj.bias",
+    "attention/k/rows": "self_attn.k_proj.weight",
+    "attention/k/bias": "self_attn.k_proj.bias",
+    "attention/v/rows": "self_attn.v_proj.weight",
+    "attention/v/bias": "self_attn.v_proj.bias",
+    "attention/o/rows": "self_attn.o_proj.weight",
+    "post_attention_norm": "post_attention_layernorm.weight",
+    "ffn/gate": "mlp.gate_proj.weight",
+    "ffn/up": "mlp.up_proj.weight",
+    "ffn/down_t": "mlp.down_proj.weight",
+    "norm": "model.norm.weight",
+    "head": "lm_head.weight",
 }
+"""Hugging Face's name of every parameter by its path, within a layer for those that each layer has."""
+_LAYER = re.compile(r"layers/(\d+)/(.*)")
 
 
 class Slot(NamedTuple):
     """Where a tensor belongs.
 
     Attributes:
-      path: keys from the root of `Params.weights`.
+      path: of the parameter in the table of `jsparse.model.parameters`.
       shape: as stored in the checkpoint.
-      role: `vector` (norm scales and biases), `embed`, `linear`, or `transposed`: a linear matrix kept the other way.
+      role: of the parameter.
+      transposed: whether the checkpoint stores the matrix the other way round.
     """
 
-    path: tuple[str, ...]
+    path: str
     shape: tuple[int, ...]
-    role: Literal["vector", "embed", "linear", "transposed"]
+    role: Role
+    transposed: bool
 
 
 @functools.lru_cache(maxsize=4)
 def weight_table(config: ModelConfig) -> dict[str, Slot]:
-    """The slot of every tensor of a model by its Hugging Face name, shapes taken from the decoder itself."""
-    shapes = weight_shapes(config)
-    paths = {"model.embed_tokens.weight": ("embed",), "model.norm.weight": ("norm", "scale")}
-    for layer in range(config.num_layers):
-        for name, path in _LAYER.items():
-            if config.qkv_bias or not name.endswith(".bias"):
-                paths[f"model.layers.{layer}.{name}"] = (f"layers_{layer}", *path)
-    if not config.tie_embeddings:
-        paths["lm_head.weight"] = ("lm_head",)
-
+    """The slot of every tensor of a model by its Hugging Face name."""
     table = {}
-    for name, path in paths.items():
-        shape = get(shapes, path).shape
-        role = "vector" if len(shape) == 1 else {"embed": "embed", "down_t": "transposed"}.get(path[-1], "linear")
-        table[name] = Slot(path, shape[::-1] if role == "transposed" else shape, role)
+    for path, entry in parameters(config).items():
+        layer = _LAYER.fullmatch(path)
+        name = f"model.layers.{layer[1]}.{_NAMES[layer[2]]}" if layer else _NAMES[path]
+        transposed = path.endswith("ffn/down_t")
+        table[name] = Slot(path, entry.shape[::-1] if transposed else entry.shape, entry.role, transposed)
     return table
 
 
-def get(weights: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """The leaf of `Params.weights` at a slot's path."""
-    node: Any = weights
-    for key in path:
-        node = getattr(node, key) if isinstance(node, FFNWeights) else node[key]
-    return node
-
-
-def read_weights(stored: dict[str, StoredTensor], config: ModelConfig, dtype: str | None) -> dict[str, Any]:
+def read_weights(stored: dict[str, StoredTensor], config: ModelConfig, dtype: str | None) -> Weights:
     """`Params.weights` from a checkpoint's tensors, one at a time: of those not yet converted, one is in memory.
 
     Args:
@@ -102,16 +94,10 @@ def read_weights(stored: dict[str, StoredTensor], config: ModelConfig, dtype: st
     total = sum(stored[name].nbytes for name in table)
     console = Console(stderr=True)
     quiet = total < _LONG or not console.is_terminal
-    weights: dict[str, Any] = {}
+    leaves = {}
     for name in track(table, "Converting", console=console, disable=quiet, transient=True):
-        *parents, last = table[name].path
-        node = weights
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = _convert(name, stored[name], table[name], dtype)
-    for layer in range(config.num_layers):
-        weights[f"layers_{layer}"]["ffn"] = FFNWeights(**weights[f"layers_{layer}"]["ffn"])
-    return weights
+        leaves[table[name].path] = _convert(name, stored[name], table[name], dtype)
+    return make_weights(config, lambda path, _: leaves[path])
 
 
 def with_prefix(stored: dict[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
@@ -161,11 +147,11 @@ def _check(stored: dict[str, StoredTensor], table: dict[str, Slot], config: Mode
 
 
 def _convert(name: str, tensor: StoredTensor, slot: Slot, dtype: str | None) -> jax.Array | QuantizedRows:
-    transposed = slot.role == "transposed"
+    transposed = slot.transposed
     stored = "float32" if tensor.dtype == np.float64 else tensor.dtype.name
-    if dtype == "int8" and slot.role in ("linear", "transposed"):
+    if dtype == "int8" and slot.role in ("matrix", "head"):
         return _quantize(name, tensor, transposed)
-    target = "float32" if slot.role == "vector" else stored if dtype in (None, "int8") else dtype
+    target = "float32" if slot.role in ("norm", "bias") else stored if dtype in (None, "int8") else dtype
     out = aligned_empty(slot.shape[::-1] if transposed else slot.shape, jnp.dtype(target))
     with np.errstate(over="ignore"):
         for rows in _blocks(tensor.shape):
@@ -200,14 +186,11 @@ def _blocks(shape: tuple[int, ...]) -> list[slice]:
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
-def stored_array(weights: Mapping[str, Any], slot: Slot) -> np.ndarray:
-    """A weight as the checkpoint stores it; quantised rows become float32."""
-    leaf = get(weights, slot.path)
-    array = np.asarray(dequantize(leaf) if isinstance(leaf, QuantizedRows) else leaf)
-    return array.T if slot.role == "transposed" else array
-
-
-def stored_dtype(weights: Mapping[str, Any], slot: Slot) -> np.dtype:
-    """The dtype of `stored_array`."""
-    leaf = get(weights, slot.path)
-    return np.dtype(np.float32) if isinstance(leaf, QuantizedRows) else np.dtype(leaf.dtype)
+def stored_arrays(weights: Weights, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Every weight under its Hugging Face name, as the checkpoint stores it; quantised rows become float32."""
+    leaves, arrays = by_path(weights), {}
+    for name, slot in weight_table(config).items():
+        leaf = leaves[slot.path]
+        array = np.asarray(dequantize(leaf) if isinstance(leaf, QuantizedRows) else leaf)
+        arrays[name] = np.ascontiguousarray(array.T if slot.transposed else array)
+    return arrays

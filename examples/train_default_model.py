@@ -29,7 +29,9 @@ from convert import to_huggingface
 from jsparse.executors import xla
 from jsparse.model.config import ModelConfig
 from jsparse.model.decoder import Decoder
-from jsparse.model.weights import Params
+from jsparse.model.layers import apply
+from jsparse.model.parameters import random_weights
+from jsparse.model.weights import Params, Weights
 
 CONFIG = ModelConfig(
     hidden_size=256,
@@ -148,7 +150,7 @@ def training_ffn(layer, x, ffn):
 
 def loss_fn(weights, rows, penalty):
     positions = jnp.arange(rows.shape[1] - 1)[None]
-    logits, _, extras = Decoder(CONFIG, xla).apply({"params": weights}, rows[:, :-1], positions, training_ffn)
+    logits, _, extras = apply(Decoder(CONFIG, xla), weights, rows[:, :-1], positions, training_ffn)
     activations, sparsity = (jnp.stack(values) for values in zip(*extras))
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
     return cross_entropy + penalty * jnp.mean(activations), (cross_entropy, sparsity)
@@ -173,12 +175,11 @@ def make_step(optimizer, steps: int):
 
 
 def initial_state(optimizer):
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    weights = Decoder(CONFIG, xla).init(jax.random.key(0), tokens, jnp.arange(8)[None], training_ffn)["params"]
+    weights = random_weights(CONFIG, jax.random.key(0))
     return {"weights": weights, "optimizer": optimizer.init(weights), "log_penalty": jnp.log(jnp.float32(0.01))}
 
 
-def train(work_dir: Path, steps: int) -> tuple[dict, Tokenizer]:
+def train(work_dir: Path, steps: int) -> tuple[Weights, Tokenizer]:
     """Train, or continue, up to `steps` and return the weights and the tokenizer."""
     train_files, _, _ = collect_files()
     texts = [read(path) for path in train_files]
@@ -217,7 +218,7 @@ def train(work_dir: Path, steps: int) -> tuple[dict, Tokenizer]:
     return state["weights"], tokenizer
 
 
-def export(weights: dict, tokenizer: Tokenizer, output: Path) -> None:
+def export(weights: Weights, tokenizer: Tokenizer, output: Path) -> None:
     """Write the checkpoint, calibration text and held-out data."""
     _, calibration_files, held_out_files = collect_files()
     backend = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

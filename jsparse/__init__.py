@@ -6,7 +6,7 @@ from jsparse.checkpoints.open import load
 from jsparse.decoding.generate import generate
 from jsparse.errors import JsparseError
 from jsparse.model.config import PRESETS, ModelConfig
-from jsparse.model.weights import FFNWeights, Params, Predictor
+from jsparse.model.weights import FFNWeights, Params, Predictor, Weights
 from jsparse.predictors.options import CalibrationOptions, LayerReport
 
 __version__ = "0.1.1"
@@ -19,6 +19,7 @@ __all__ = [
     "ModelConfig",
     "Params",
     "Predictor",
+    "Weights",
     "fit_predictors",
     "generate",
     "load",

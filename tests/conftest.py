@@ -32,9 +32,7 @@ import numpy as np
 import pytest
 
 import jsparse
-from jsparse.executors import xla
-from jsparse.model.decoder import Decoder
-from jsparse.model.ffn import FFNSpec
+from jsparse.model.parameters import Parameter, make_weights
 
 
 @pytest.hookimpl(trylast=True)
@@ -69,14 +67,16 @@ TINY = jsparse.ModelConfig(
 
 def random_params(config: jsparse.ModelConfig, seed: int = 0) -> jsparse.Params:
     """A random model whose logits are spread enough for greedy decoding to wander."""
+    rng = np.random.default_rng(seed)
 
-    def feed_forward(layer, x, ffn):
-        return xla.dense_ffn(x, ffn, FFNSpec.of(config)), None
+    def leaf(path: str, entry: Parameter) -> jax.Array:
+        if entry.role in ("norm", "bias"):
+            return jnp.full(entry.shape, float(entry.role == "norm"))
+        inputs = entry.shape[0 if path.endswith("down_t") else 1]
+        deviation = {"embed": 1.0, "head": 0.02, "matrix": inputs**-0.5}[entry.role]
+        return jnp.asarray(rng.standard_normal(entry.shape, np.float32) * np.float32(deviation))
 
-    tokens = jnp.zeros((1, 4), jnp.int32)
-    variables = Decoder(config, xla).init(jax.random.key(seed), tokens, jnp.arange(4)[None], feed_forward)
-    weights = variables["params"]
-    return jsparse.Params(config, {**weights, "embed": 50 * weights["embed"]})
+    return jsparse.Params(config, make_weights(config, leaf))
 
 
 _MOST_MAPPINGS = 20_000

@@ -28,8 +28,8 @@ from benchmarks.shapes import SHAPES
 from jsparse.arrays import QuantizedRows
 from jsparse.decoding.loop import DecodeState, Model, Sampling, decode_chunk
 from jsparse.executors import cuda
-from jsparse.model.decoder import weight_shapes
 from jsparse.model.ffn import FFNSpec
+from jsparse.model.parameters import weight_shapes
 from jsparse.model.weights import Predictor
 from pallas_kernels.tiles import choose
 
@@ -167,7 +167,7 @@ def count_kernels(shape: str, layers: int, mesh, struct) -> int:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     state = DecodeState(
         ((side, side),) * layers,
-        *(struct(1, dtype=dtype) for dtype in ("int32", "int32", "bool")),
+        *(struct(1, dtype=dtype) for dtype in ("int32", "int32", "bool", "bool")),
         struct(*keys.shape, dtype=keys.dtype),
     )
     predictor = Predictor(int4(rank, width), int4(neurons, rank), struct(neurons, dtype="float32"))

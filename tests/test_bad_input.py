@@ -61,9 +61,9 @@ def damaged_saved(small, tmp_path_factory) -> Path:
 
 def damaged(params: jsparse.Params) -> jsparse.Params:
     """One weight of the second layer is NaN."""
-    block = params.weights["layers_1"]
-    ffn = dataclasses.replace(block["ffn"], up=block["ffn"].up.at[3, 4].set(jnp.nan))
-    return dataclasses.replace(params, weights={**params.weights, "layers_1": {**block, "ffn": ffn}})
+    ffn = params.weights.layers[1].ffn
+    ffn = dataclasses.replace(ffn, up=ffn.up.at[3, 4].set(jnp.nan))
+    return dataclasses.replace(params, weights=params.weights.replace_layer(1, ffn=ffn))
 
 
 PROMPTS = {
@@ -218,7 +218,7 @@ def test_calibration_refuses_what_has_no_zeros(small):
 def test_calibration_finds_the_damaged_layer(small):
     with pytest.raises(jsparse.JsparseError, match="layer 1 gives NaN or infinite activations"):
         jsparse.fit_predictors(damaged(small), TEXT)
-    embed = {**small.weights, "embed": small.weights["embed"].at[:, 0].set(jnp.inf)}
+    embed = dataclasses.replace(small.weights, embed=small.weights.embed.at[:, 0].set(jnp.inf))
     with pytest.raises(jsparse.JsparseError, match="layer 0 gives NaN or infinite activations"):
         jsparse.fit_predictors(dataclasses.replace(small, weights=embed), TEXT)
 

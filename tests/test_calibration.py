@@ -24,6 +24,8 @@ from jsparse.cli import calibrate
 from jsparse.executors import xla
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
+from jsparse.model.layers import apply
+from jsparse.model.weights import Linear
 from jsparse.predictors import state as calibration_state
 from jsparse.predictors.fit import CalibrationOptions, fit_layers, make_rows
 from jsparse.predictors.texts import read_prompts
@@ -65,7 +67,7 @@ def ffn_inputs(params: jsparse.Params, rows: np.ndarray) -> list[np.ndarray]:
 
     second = jnp.asarray(rows[len(rows) // 2 :])
     positions = jnp.arange(rows.shape[1])[None]
-    _, _, inputs = Decoder(params.config, xla).apply({"params": params.weights}, second, positions, feed_forward)
+    _, _, inputs = apply(Decoder(params.config, xla), params.weights, second, positions, feed_forward)
     return [np.asarray(x)[:, 1:].reshape(-1, params.config.hidden_size) for x in inputs]
 
 
@@ -80,7 +82,7 @@ def test_reports_are_what_a_direct_computation_finds(kind, threshold, bos):
     spec = FFNSpec.of(config)
     assert [report.layer for report in reports] == [0, 1, 2]
     for layer, (x, report) in enumerate(zip(ffn_inputs(params, rows), reports, strict=True)):
-        weights, predictor = params.weights[f"layers_{layer}"]["ffn"], fitted.predictors[layer]
+        weights, predictor = params.weights.layers[layer].ffn, fitted.predictors[layer]
         pairs = len(x) * config.intermediate_size
         active = oracle.ffn(x, weights, None, spec)[1][:, 1].sum()
         kept, caught = oracle.ffn(x, weights, predictor, spec)[1].sum(axis=0)
@@ -122,7 +124,7 @@ def test_bits(small):
         assert predictor.a.shape == (32, 32)
         assert predictor.b.shape == (96, 32)
         scores = x @ oracle.matrix(predictor.a).T @ oracle.matrix(predictor.b).T
-        gate = x @ oracle.matrix(small.weights["layers_2"]["ffn"].gate).T
+        gate = x @ oracle.matrix(small.weights.layers[2].ffn.gate).T
         errors.append(np.std((scores - scores.mean(0)) - (gate - gate.mean(0))) / gate.std())
     assert errors[0] < 0.01
     assert errors[1] < 0.02
@@ -178,7 +180,7 @@ def test_layer_bias_reaches_its_target(small):
 
 def test_neuron_thresholds_recall_more_importance_than_one_per_layer(small):
     rows = make_rows(small, TOKENS, CalibrationOptions(**OPTIONS))
-    x, weights, spec = ffn_inputs(small, rows)[2], small.weights["layers_2"]["ffn"], FFNSpec.of(SMALL)
+    x, weights, spec = ffn_inputs(small, rows)[2], small.weights.layers[2].ffn, FFNSpec.of(SMALL)
     dense = oracle.ffn(x, weights, None, spec)[0]
 
     def error(**options):
@@ -194,10 +196,10 @@ def test_whitening_helps_where_the_data_is_skewed():
     """Inputs with outlier channels and a mean, as real hidden states have."""
     config = dataclasses.replace(SMALL, num_layers=1)
     params = random_params(config)
-    scale = params.weights["layers_0"]["post_attention_norm"]["scale"] * jnp.where(jnp.arange(32) % 8 == 0, 6.0, 0.5)
-    block = {**params.weights["layers_0"], "post_attention_norm": {"scale": scale}}
-    embed = params.weights["embed"] + 0.7
-    params = dataclasses.replace(params, weights={**params.weights, "embed": embed, "layers_0": block})
+    scale = params.weights.layers[0].post_attention_norm * jnp.where(jnp.arange(32) % 8 == 0, 6.0, 0.5)
+    weights = params.weights.replace_layer(0, post_attention_norm=scale)
+    weights = dataclasses.replace(weights, embed=weights.embed + 0.7)
+    params = dataclasses.replace(params, weights=weights)
 
     def recall(**options):
         return fit(params, rank=4, bits=16, **options)[1][0].recall
@@ -231,13 +233,13 @@ def test_the_first_position_is_left_out():
     """Its activations, here enormous and unlike all others, do not move the predictors at all."""
     config = dataclasses.replace(SMALL, num_layers=1, bos_token_id=7)
     params = random_params(config)
-    block = dict(params.weights["layers_0"])
-    block["attention"] = {**block["attention"], "o_proj": 0 * block["attention"]["o_proj"]}
+    attention = params.weights.layers[0].attention
+    attention = dataclasses.replace(attention, o=Linear(0 * attention.o.rows))
+    silent = params.weights.replace_layer(0, attention=attention)
     stream = np.where(TOKENS[0] == 7, 8, TOKENS[0])
     results = []
     for value in (1.0, -300.0):
-        embed = params.weights["embed"].at[7].set(value * jnp.arange(32))
-        weights = {**params.weights, "embed": embed, "layers_0": block}
+        weights = dataclasses.replace(silent, embed=silent.embed.at[7].set(value * jnp.arange(32)))
         fitted, reports = fit(dataclasses.replace(params, weights=weights), [stream])
         results.append((contents(fitted), reports))
     assert results[0] == results[1]

@@ -26,6 +26,7 @@ from cann_bridge.devices import weight_dtype
 from cann_bridge.ops import ops
 from jsparse.executors import npu as executor
 from jsparse.model.ffn import FFNSpec
+from jsparse.model.weights import Linear
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "def read(self, size):\n"
@@ -222,7 +223,7 @@ def test_another_bias_is_another_predictor(fitted):
     with cann_bridge.computing_on("cpu"):
         predictor = fitted.predictors[0]
         silent = dataclasses.replace(predictor, bias=jnp.full_like(predictor.bias, -jnp.inf))
-        ffn = executor.place_ffn(fitted.weights["layers_0"]["ffn"])
+        ffn = executor.place_ffn(fitted.weights.layers[0].ffn)
         x = jax.random.normal(jax.random.key(0), (1, fitted.config.hidden_size))
         for given, some in ((predictor, True), (silent, False)):
             _, counts = executor.sparse_ffn(x, ffn, executor.place_predictor(given), FFNSpec("reglu"))
@@ -243,8 +244,8 @@ def test_logits_that_are_not_finite_are_an_error(npu, monkeypatch):
     # The prompt's own pass, on the host, is sound; the first token that the device reads is not.
     first = int(jsparse.generate(params, np.arange(1, 4), max_new_tokens=1)[0])
     assert first not in range(1, 4)
-    embed = params.weights["embed"].at[first].set(jnp.nan)
-    broken = dataclasses.replace(params, weights={**params.weights, "embed": embed})
+    embed = params.weights.embed.at[first].set(jnp.nan)
+    broken = dataclasses.replace(params, weights=dataclasses.replace(params.weights, embed=embed))
     with pytest.raises(jsparse.JsparseError, match="executor 'cann': the logits are not finite"):
         jsparse.generate(broken, np.arange(1, 4), max_new_tokens=8, executor="cann")
 
@@ -254,7 +255,7 @@ def test_weights_cross_once_and_every_operation_is_on_the_device(fitted, npu, mo
     jsparse.generate(fitted, PROMPT, max_new_tokens=20, executor="cann")
     npu.log.clear()
     jsparse.generate(fitted, PROMPT, max_new_tokens=20, executor="cann")
-    ffn = fitted.weights["layers_0"]["ffn"].gate.nbytes
+    ffn = fitted.weights.layers[0].ffn.gate.nbytes
     assert max(npu.crossed("to npu")) < ffn
     caches = 2 * fitted.config.num_layers
     assert sum(size >= 4096 for size in npu.crossed("to npu")) == caches, "something besides the KV cache crossed again"
@@ -297,11 +298,10 @@ def test_keys_and_values_that_the_device_cannot_hold_are_an_error(part, npu, mon
     """The host's bfloat16 cache holds them, the device's float16 does not, and an infinite key leaves no trace."""
     monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
     params = random_params(TINY)
-    attention = params.weights["layers_1"]["attention"]
-    attention = {**attention, f"{part}_proj": attention[f"{part}_proj"] * 3e3}
-    norm = {"scale": params.weights["layers_1"]["input_norm"]["scale"] * 1e2}
-    layer = {**params.weights["layers_1"], "attention": attention, "input_norm": norm}
-    weights = jax.tree.map(to_bfloat16, {**params.weights, "layers_1": layer})
+    layer = params.weights.layers[1]
+    attention = dataclasses.replace(layer.attention, **{part: Linear(getattr(layer.attention, part).rows * 3e3)})
+    weights = params.weights.replace_layer(1, attention=attention, input_norm=layer.input_norm * 1e2)
+    weights = jax.tree.map(to_bfloat16, weights)
     with pytest.raises(jsparse.JsparseError, match="executor 'cann': the logits are not finite"):
         jsparse.generate(
             dataclasses.replace(params, weights=weights), np.arange(1, 4), max_new_tokens=8, executor="cann"

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import checkpoints
@@ -288,7 +289,7 @@ DAMAGE = {
     "storage edited": (edited(lambda m: m["weights"]["embed"].update(dtype="float16")), "jsparse.json: was changed"),
     "predictors struck out": (edited(lambda m: m.pop("predictors")), "jsparse.json: was changed"),
     "checksum gone": (edited(lambda m: m.pop("checksum")), "jsparse.json: cannot be read"),
-    "another format": (edited(lambda m: m.update(format=2)), "jsparse.json: has format 2"),
+    "another format": (edited(lambda m: m.update(format=3)), "jsparse.json: has format 3"),
     "manifest is no JSON": (lambda d: (d / "jsparse.json").write_text("{"), "jsparse.json: cannot be read"),
     "manifest is a list": (lambda d: (d / "jsparse.json").write_text("[]"), "jsparse.json: cannot be read"),
     "manifest is empty": (lambda d: (d / "jsparse.json").write_bytes(b""), "jsparse.json: cannot be read"),
@@ -385,13 +386,51 @@ def test_int8_rows_load_as_floats_again(small, tmp_path):
     assert_identical(jsparse.load(tmp_path / "int8", dtype="int8"), rounded)
     loaded = jsparse.load(tmp_path / "int8", dtype="bfloat16")
     for layer in range(SMALL.num_layers):
-        found, wanted = (p.weights[f"layers_{layer}"]["ffn"].down_t for p in (loaded, small))
+        found, wanted = (p.weights.layers[layer].ffn.down_t for p in (loaded, small))
         assert found.dtype == jnp.bfloat16
         np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=0.02 * np.abs(wanted).max())
 
 
 def test_a_weight_that_does_not_fit_the_dtype_is_refused(small, tmp_path):
-    weights = {**small.weights, "embed": small.weights["embed"].at[0, 0].set(1e6)}
+    weights = dataclasses.replace(small.weights, embed=small.weights.embed.at[0, 0].set(1e6))
     jsparse.save(dataclasses.replace(small, weights=weights), tmp_path / "saved")
     with pytest.raises(jsparse.JsparseError, match="embed does not fit in float16; choose bfloat16 or float32"):
         jsparse.load(tmp_path / "saved", dtype="float16")
+
+
+@pytest.fixture(scope="module")
+def first_format(tmp_path_factory) -> Path:
+    """Models and an unfinished calibration as version 0.1.0 left them (data/record_first_format.py)."""
+    directory = tmp_path_factory.mktemp("first")
+    with tarfile.open(Path(__file__).parent / "data" / "first_format.tar.gz") as archive:
+        archive.extractall(directory, filter="data")
+    return directory
+
+
+@pytest.mark.parametrize("name", ["model", "low_bit"])
+def test_directories_of_the_first_format_say_what_they_said(name, first_format, tmp_path):
+    expected = json.loads((first_format / "tokens.json").read_text())[name]
+    params = jsparse.load(first_format / name)
+    jsparse.save(params, tmp_path / "second")
+    assert json.loads((tmp_path / "second" / "jsparse.json").read_text())["format"] == 2
+    assert_identical(jsparse.load(tmp_path / "second"), params)
+    for how, tokens in expected.items():
+        found = jsparse.generate(params, [1, 2, 3], max_new_tokens=20, executor="xla", sparse=how == "sparse")
+        assert found.tolist() == tokens
+
+
+def test_an_unfinished_calibration_of_the_first_version_goes_on(first_format):
+    fitted = jsparse.load(first_format / "model")
+    reports = []
+    again = jsparse.fit_predictors(
+        dataclasses.replace(fitted, predictors=None),
+        [np.random.default_rng(0).integers(0, 24, 600)],
+        state_dir=first_format / "unfinished",
+        on_layer=reports.append,
+        rank=4,
+        sparsity=0.7,
+        tokens=500,
+    )
+    assert [report.layer for report in reports] == [0, 1]
+    for found, wanted in zip(jax.tree.leaves(again.predictors), jax.tree.leaves(fitted.predictors)):
+        np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), rtol=1e-4, atol=1e-5)

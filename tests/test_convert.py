@@ -81,20 +81,20 @@ def test_every_checkpoint_of_the_table_converts(name, tmp_path):
 
     tensors = checkpoints.random_tensors(ROWS[name])
     assert len(jax.tree.leaves(params.weights)) == len(tensors)
-    layer, prefix = params.weights["layers_1"], "model.layers.1."
+    layer, prefix = params.weights.layers[1], "model.layers.1."
     expected = {
-        "model.embed_tokens.weight": params.weights["embed"],
-        "model.norm.weight": params.weights["norm"]["scale"],
-        prefix + "input_layernorm.weight": layer["input_norm"]["scale"],
-        prefix + "post_attention_layernorm.weight": layer["post_attention_norm"]["scale"],
-        prefix + "mlp.gate_proj.weight": layer["ffn"].gate,
-        prefix + "mlp.up_proj.weight": layer["ffn"].up,
-        prefix + "mlp.down_proj.weight": layer["ffn"].down_t.T,
-    } | {f"{prefix}self_attn.{n}_proj.weight": layer["attention"][f"{n}_proj"] for n in "qkvo"}
+        "model.embed_tokens.weight": params.weights.embed,
+        "model.norm.weight": params.weights.norm,
+        prefix + "input_layernorm.weight": layer.input_norm,
+        prefix + "post_attention_layernorm.weight": layer.post_attention_norm,
+        prefix + "mlp.gate_proj.weight": layer.ffn.gate,
+        prefix + "mlp.up_proj.weight": layer.ffn.up,
+        prefix + "mlp.down_proj.weight": layer.ffn.down_t.T,
+    } | {f"{prefix}self_attn.{n}_proj.weight": getattr(layer.attention, n).rows for n in "qkvo"}
     if params.config.qkv_bias:
-        expected |= {f"{prefix}self_attn.{n}_proj.bias": layer["attention"][f"{n}_bias"] for n in "qkv"}
+        expected |= {f"{prefix}self_attn.{n}_proj.bias": getattr(layer.attention, n).bias for n in "qkv"}
     if not params.config.tie_embeddings:
-        expected["lm_head.weight"] = params.weights["lm_head"]
+        expected["lm_head.weight"] = params.weights.head
     for tensor, array in expected.items():
         np.testing.assert_array_equal(np.asarray(array), tensors[tensor].numpy(), err_msg=tensor)
 
@@ -203,10 +203,10 @@ def test_stored_dtypes_are_kept(stored, files, tmp_path):
     tensors = {name: tensor.to(stored) for name, tensor in checkpoints.random_tensors(config).items()}
     weights = from_huggingface(checkpoints.write(tmp_path / "model", config, tensors, files)).weights
     kept = "float32" if stored == torch.float64 else str(stored).removeprefix("torch.")
-    assert weights["embed"].dtype == weights["layers_0"]["ffn"].down_t.dtype == kept
-    assert weights["norm"]["scale"].dtype == "float32"
+    assert weights.embed.dtype == weights.layers[0].ffn.down_t.dtype == kept
+    assert weights.norm.dtype == "float32"
     expected = tensors["model.layers.0.mlp.down_proj.weight"].float().numpy().T
-    np.testing.assert_array_equal(np.asarray(weights["layers_0"]["ffn"].down_t, np.float32), expected)
+    np.testing.assert_array_equal(np.asarray(weights.layers[0].ffn.down_t, np.float32), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -221,13 +221,13 @@ def test_dtype_casts_matrices_and_leaves_vectors(dtype, tmp_path):
 def test_int8_quantises_the_linear_matrices(tmp_path):
     directory = checkpoints.row(tmp_path, "Tiiny/SparseQwen2-7B")
     whole, params = from_huggingface(directory), from_huggingface(directory, dtype="int8")
-    ffn = params.weights["layers_1"]["ffn"]
-    matrices = [ffn.gate, ffn.up, ffn.down_t, params.weights["lm_head"]]
-    matrices += [params.weights["layers_1"]["attention"][f"{n}_proj"] for n in "qkvo"]
+    ffn = params.weights.layers[1].ffn
+    matrices = [ffn.gate, ffn.up, ffn.down_t, params.weights.head]
+    matrices += [getattr(params.weights.layers[1].attention, n).rows for n in "qkvo"]
     assert all(isinstance(matrix, QuantizedRows) and matrix.bits == 8 for matrix in matrices)
-    assert_identical(ffn.down_t, quantize_rows(whole.weights["layers_1"]["ffn"].down_t, 8))
-    assert_identical(params.weights["embed"], whole.weights["embed"])
-    assert params.weights["layers_1"]["attention"]["q_bias"].dtype == "float32"
+    assert_identical(ffn.down_t, quantize_rows(whole.weights.layers[1].ffn.down_t, 8))
+    assert_identical(params.weights.embed, whole.weights.embed)
+    assert params.weights.layers[1].attention.q.bias.dtype == "float32"
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -256,7 +256,7 @@ def test_lm_head_of_a_tied_model_is_left_out(tmp_path):
     config = ROWS["SparseLLM/ReluLLaMA-7B"] | {"tie_word_embeddings": True}
     tensors = checkpoints.random_tensors(config)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    assert "lm_head" not in from_huggingface(checkpoints.write(tmp_path / "model", config, tensors)).weights
+    assert from_huggingface(checkpoints.write(tmp_path / "model", config, tensors)).weights.head is None
 
 
 @pytest.mark.parametrize("files", ["safetensors", "safetensors-shards"])
@@ -272,7 +272,7 @@ def test_conversion_holds_less_than_one_tensor_besides_the_weights(files, dtype,
     weights = convert_mapping.read_weights(stored, config, dtype)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert isinstance(weights["layers_0"]["ffn"], FFNWeights)
+    assert isinstance(weights.layers[0].ffn, FFNWeights)
     assert peak - held < largest
 
 

@@ -23,6 +23,7 @@ from convert.config_writer import write_config
 from jsparse.executors import xla
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
+from jsparse.model.layers import apply
 
 MISTRAL = ROWS["dense-mistral"] | {"sliding_window": 3}
 QWEN2 = ROWS["dense-qwen2"]
@@ -35,9 +36,7 @@ def logits(params: jsparse.Params) -> np.ndarray:
     decoder = Decoder(params.config, xla)
     ids, positions = jnp.asarray(IDS, jnp.int32), jnp.arange(IDS.shape[1])[None]
     return np.asarray(
-        decoder.apply(
-            {"params": params.weights}, ids, positions, lambda layer, x, ffn: (xla.dense_ffn(x, ffn, spec), None)
-        )[0]
+        apply(decoder, params.weights, ids, positions, lambda layer, x, ffn: (xla.dense_ffn(x, ffn, spec), None))[0]
     )
 
 

@@ -23,7 +23,8 @@ from jsparse.decoding.sampling import sample
 from jsparse.executors import xla
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
-from jsparse.model.weights import Predictor
+from jsparse.model.layers import apply
+from jsparse.model.weights import Linear, Predictor
 from jsparse.text.tokenizer import Tokenizer
 
 PROMPT = np.random.default_rng(3).integers(0, TINY.vocab_size, 11)
@@ -53,12 +54,13 @@ def scripted(text: str, template: str | None = None) -> jsparse.Params:
     width = 260
     config = jsparse.ModelConfig(width, 8, 1, 10, 10, width, context_length=64, eos_token_ids=(EOS,))
     params = random_params(config)
-    block = params.weights["layers_0"]
-    block["attention"]["o_proj"] *= 0
-    block["ffn"] = dataclasses.replace(block["ffn"], down_t=0 * block["ffn"].down_t)
+    layer = params.weights.layers[0]
+    attention = dataclasses.replace(layer.attention, o=Linear(0 * layer.attention.o.rows))
+    ffn = dataclasses.replace(layer.ffn, down_t=0 * layer.ffn.down_t)
+    weights = params.weights.replace_layer(0, attention=attention, ffn=ffn)
     head = np.zeros((width, width), np.float32)
     head[chain[1:], chain[:-1]] = 1
-    weights = {**params.weights, "embed": jnp.eye(width), "lm_head": jnp.asarray(head)}
+    weights = dataclasses.replace(weights, embed=jnp.eye(width), head=jnp.asarray(head))
     return jsparse.Params(config, weights, tokenizer=tokenizer)
 
 
@@ -123,13 +125,13 @@ def naive(params: jsparse.Params, prompt: np.ndarray, steps: int) -> tuple[np.nd
 
         def feed_forward(layer, x, _):
             predictor = params.predictors[layer] if params.predictors else None
-            ffn = params.weights[f"layers_{layer}"]["ffn"]
+            ffn = params.weights.layers[layer].ffn
             y, found = restricted(x[0], ffn, predictor, (at >= len(prompt)) & (at < position))
             return y[None], found
 
-        logits, _, found = Decoder(config, xla).apply(
-            {"params": params.weights}, tokens[None], at[None], feed_forward, last=position[None] - 1
-        )
+        decoder = Decoder(config, xla)
+        last = position[None] - 1
+        logits, _, found = apply(decoder, params.weights, tokens[None], at[None], feed_forward, last=last)
         return jnp.argmax(logits[0]), jnp.stack(found)
 
     for position in range(len(prompt), len(prompt) + steps):

@@ -72,11 +72,10 @@ def test_the_cache_keeps_16_bits_where_they_hold_what_is_computed(scale, dtype, 
 def overflowing(layer: int, at: int) -> jsparse.Params:
     """A model whose float32 overflows in a layer's FFN where token 7 is read: its embedding is enormous there."""
     params = random_params(dataclasses.replace(TINY, num_layers=3))
-    block = params.weights[f"layers_{layer}"]
-    ffn = block["ffn"]
+    ffn = params.weights.layers[layer].ffn
     big = jnp.where(jnp.arange(ffn.down_t.shape[0])[:, None] % 2 == 0, 3e38, -3e38)
     ffn = dataclasses.replace(ffn, down_t=jnp.broadcast_to(big, ffn.down_t.shape))
-    return dataclasses.replace(params, weights={**params.weights, f"layers_{layer}": {**block, "ffn": ffn}})
+    return dataclasses.replace(params, weights=params.weights.replace_layer(layer, ffn=ffn))
 
 
 @pytest.mark.parametrize("executor", ["auto", "xla"])
@@ -99,9 +98,9 @@ def overflows_after(tmp_path, script: str) -> jsparse.Params:
         write_scripted(tmp_path / "m", tokens, 264), tokenizer, {"tokenizer_class": "Qwen2Tokenizer"}
     )
     params = jsparse.load(directory)
-    head = params.weights["lm_head"].at[:, tokens[-1]].set(3e38)
-    scale = jnp.full_like(params.weights["norm"]["scale"], 100)
-    return dataclasses.replace(params, weights={**params.weights, "lm_head": head, "norm": {"scale": scale}})
+    head = params.weights.head.at[:, tokens[-1]].set(3e38)
+    norm = jnp.full_like(params.weights.norm, 100)
+    return dataclasses.replace(params, weights=dataclasses.replace(params.weights, head=head, norm=norm))
 
 
 @pytest.mark.parametrize("executor", ["auto", "xla"])

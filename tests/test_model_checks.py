@@ -101,8 +101,8 @@ def test_tiny_temperatures_are_greedy(tiny, temperature):
 def test_a_quantised_embedding_runs(tiny):
     from jsparse.arrays import quantize_rows
 
-    weights = {**tiny.weights, "embed": quantize_rows(tiny.weights["embed"], 8)}
-    assert isinstance(weights["embed"], QuantizedRows)
+    weights = dataclasses.replace(tiny.weights, embed=quantize_rows(tiny.weights.embed, 8))
+    assert isinstance(weights.embed, QuantizedRows)
     assert len(jsparse.generate(dataclasses.replace(tiny, weights=weights), np.arange(5), max_new_tokens=4)) == 4
 
 

@@ -10,6 +10,7 @@ from convert import from_huggingface, to_huggingface
 from jsparse.executors import xla
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
+from jsparse.model.layers import apply
 from jsparse.model.weights import Params
 
 TOLERANCE = 1e-4
@@ -24,7 +25,7 @@ def logits_of(params: Params, ids: np.ndarray) -> np.ndarray:
     def feed_forward(layer, x, ffn):
         return xla.dense_ffn(x, ffn, spec), None
 
-    logits, _, _ = decoder.apply({"params": params.weights}, ids, np.arange(ids.shape[1])[None], feed_forward)
+    logits, _, _ = apply(decoder, params.weights, ids, np.arange(ids.shape[1])[None], feed_forward)
     return np.asarray(logits)
 
 

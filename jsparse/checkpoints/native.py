@@ -18,18 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.arrays import QuantizedRows, cast
+from jsparse.arrays import Matrix, QuantizedRows, cast
+from jsparse.checkpoints.first_format import path_of
 from jsparse.directories import plain_path, read_path, replacing_directory
 from jsparse.errors import JsparseError
 from jsparse.model.config import ModelConfig
-from jsparse.model.decoder import check_weights
-from jsparse.model.weights import FFNWeights, Params, Predictor, check_params, check_predictors
+from jsparse.model.parameters import by_path, check_leaves, check_weights, make_weights, parameters
+from jsparse.model.weights import Params, Predictor, check_params, check_predictors
 from jsparse.options import check_flag
 from jsparse.settings import with_own_settings
 from jsparse.text.files import load_tokenizer
 
 _MANIFEST = "jsparse.json"
-_FORMAT = 1
+_FORMAT = 2
+_READ = (1, 2)
 _PORTION = 2**29
 
 
@@ -51,9 +53,9 @@ def save(params: Params, directory: str | Path, *, force: bool = False) -> None:
     check_weights(params.weights, params.config)
     check_new(directory, force=force)
     with replacing_directory(directory) as partial:
-        trees = {"weights": _flatten(params.weights)}
+        trees = {"weights": _flatten(by_path(params.weights))}
         if params.predictors is not None:
-            trees["predictors"] = _flatten(dict(enumerate(params.predictors)))
+            trees["predictors"] = _flatten(by_path(params.predictors))
         manifest = {"format": _FORMAT, "config": params.config.to_dict(), "tokenizer": params.tokenizer is not None}
         for name, tree in trees.items():
             _save_arrays(partial / name, {key: array for key, (array, _) in tree.items()})
@@ -78,8 +80,9 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         version, checksum = manifest["format"], manifest.pop("checksum")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise JsparseError(f"{path}: cannot be read as the description of a model: {error!r}") from error
-    if version != _FORMAT:
-        raise JsparseError(f"{path}: has format {version}; this version of jsparse reads {_FORMAT}")
+    if version not in _READ:
+        known = " and ".join(map(str, _READ))
+        raise JsparseError(f"{path}: has format {version}; this version of jsparse reads {known}")
     if checksum != _checksum(manifest):
         raise JsparseError(f"{path}: was changed after it was written (its checksum differs); save the model again")
     return manifest
@@ -120,15 +123,14 @@ def load_native(path: Path, dtype: str | None) -> Params:
         raise JsparseError(f"{path / _MANIFEST}: {error}") from error
     predictors = None
     if "predictors" in manifest:
-        tree = _unflatten(_load_arrays(path / "predictors", manifest["predictors"]), manifest["predictors"])
-        predictors = tuple(Predictor(**tree[layer]) for layer in sorted(tree, key=int))
-    weights = _unflatten(_load_arrays(path / "weights", manifest["weights"]), manifest["weights"])
-    for name, layer in weights.items():
-        if name.startswith("layers_"):
-            layer["ffn"] = FFNWeights(**layer["ffn"])
-    check_weights(weights, config)
+        predictors = _predictors(_load_tree(path / "predictors", manifest["predictors"]))
+    weights = _load_tree(path / "weights", manifest["weights"])
+    if manifest["format"] == 1:
+        weights = {path_of(name): leaf for name, leaf in weights.items()}
+    check_leaves(weights, config)
     if dtype is not None:
-        _cast(weights, dtype)
+        _cast(weights, config, dtype)
+    weights = make_weights(config, lambda name, _: weights[name])
     tokenizer = load_tokenizer(path / "tokenizer")
     if manifest["tokenizer"] and tokenizer is None:
         raise JsparseError(f"{path / 'tokenizer'}: the tokenizer's files are missing")
@@ -137,39 +139,39 @@ def load_native(path: Path, dtype: str | None) -> Params:
     return params
 
 
-def _cast(node: dict[str, Any], dtype: str) -> None:
-    """Store every matrix below in another dtype, one at a time in place, as the converter would have."""
-    for name in list(node):
-        child = node[name]
-        if isinstance(child, dict):
-            _cast(child, dtype)
-        elif isinstance(child, FFNWeights):
-            parts = {part: getattr(child, part) for part in ("gate", "up", "down_t")}
-            node[name] = child = None
-            _cast(parts, dtype)
-            node[name] = FFNWeights(**parts)
-        elif len(child.shape) == 2 and not (dtype == "int8" and name == "embed"):
-            node[name] = cast(child, dtype)
-            if not isinstance(node[name], QuantizedRows) and not jnp.isfinite(node[name]).all():
-                raise JsparseError(f"a weight {name} does not fit in {dtype}; choose bfloat16 or float32")
+def _predictors(leaves: dict[str, Matrix]) -> tuple[Predictor, ...]:
+    """The predictors whose parts are named "layer/part"."""
+    layers: dict[int, dict[str, Matrix]] = {}
+    for name, leaf in leaves.items():
+        layer, part = name.split("/")
+        layers.setdefault(int(layer), {})[part] = leaf
+    return tuple(Predictor(**layers[layer]) for layer in sorted(layers))
+
+
+def _cast(weights: dict[str, Matrix], config: ModelConfig, dtype: str) -> None:
+    """Store every matrix in another dtype, one at a time in place, as the converter would have."""
+    for name, entry in parameters(config).items():
+        if entry.role in ("norm", "bias") or (dtype == "int8" and entry.role == "embed"):
+            continue
+        weights[name] = cast(weights[name], dtype)
+        if not isinstance(weights[name], QuantizedRows) and not jnp.isfinite(weights[name]).all():
+            raise JsparseError(f"the weight {name} does not fit in {dtype}; choose bfloat16 or float32")
 
 
 def _checksum(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _flatten(tree: Any) -> dict[str, tuple[jax.Array, dict]]:
-    """Slash-separated path -> (array, how it is stored); a quantised matrix is two arrays."""
+def _flatten(leaves: dict[str, Matrix]) -> dict[str, tuple[jax.Array, dict]]:
+    """Name -> (array, how it is stored); a quantised matrix is two arrays."""
     flat = {}
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, QuantizedRows))
-    for path, leaf in leaves:
-        key = "/".join(str(getattr(entry, "key", getattr(entry, "name", None))) for entry in path)
+    for name, leaf in leaves.items():
         if isinstance(leaf, QuantizedRows):
             storage = {"bits": leaf.bits, "columns": leaf.columns}
-            flat[f"{key}/values"] = (leaf.values, {**_describe(leaf.values), **storage})
-            flat[f"{key}/scale"] = (leaf.scale, _describe(leaf.scale))
+            flat[f"{name}/values"] = (leaf.values, {**_describe(leaf.values), **storage})
+            flat[f"{name}/scale"] = (leaf.scale, _describe(leaf.scale))
         else:
-            flat[key] = (leaf, _describe(leaf))
+            flat[name] = (leaf, _describe(leaf))
     return flat
 
 
@@ -182,21 +184,18 @@ def digest(array: jax.Array) -> int:
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
 
 
-def _unflatten(arrays: dict[str, jax.Array], storage: dict[str, dict]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, array in arrays.items():
-        *parents, last = key.split("/")
-        if last == "scale" and f"{'/'.join(parents)}/values" in arrays:
-            continue
-        if last == "values":
-            prefix, kept = "/".join(parents), storage[key]
-            array = QuantizedRows(array, arrays[f"{prefix}/scale"], kept["bits"], kept["columns"])
-            *parents, last = parents
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = array
-    return tree
+def _load_tree(directory: Path, storage: dict[str, dict]) -> dict[str, Matrix]:
+    """What `_flatten` made flat."""
+    arrays = _load_arrays(directory, storage)
+    leaves: dict[str, Matrix] = {}
+    for name, array in arrays.items():
+        whole, _, part = name.rpartition("/")
+        if part == "values":
+            kept = storage[name]
+            leaves[whole] = QuantizedRows(array, arrays[f"{whole}/scale"], kept["bits"], kept["columns"])
+        elif part != "scale" or f"{whole}/values" not in arrays:
+            leaves[name] = array
+    return leaves
 
 
 def _save_arrays(directory: Path, arrays: dict[str, jax.Array]) -> None:

@@ -19,7 +19,8 @@ from jsparse.model.attention import KVCache, fill_cache
 from jsparse.model.config import ModelConfig
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
-from jsparse.model.weights import Params
+from jsparse.model.layers import apply
+from jsparse.model.weights import Params, Weights
 from jsparse.typing import Array, Bool, Float, Int, Shaped
 
 CHUNK = 32
@@ -111,7 +112,7 @@ class DecodeState:
 
 @partial(jax.jit, static_argnames=("model", "slots", "cache_dtype"))
 def prefill(
-    weights: dict[str, Any],
+    weights: Weights,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     keys: Shaped[Array, "B"],
@@ -130,10 +131,9 @@ def prefill(
     def feed_forward(layer, x, ffn):
         return model.executor.dense_ffn(x, ffn, model.spec), None
 
+    positions = jnp.arange(tokens.shape[1])[None]
     decoder = Decoder(model.config, model.executor)
-    logits, keys_values, _ = decoder.apply(
-        {"params": weights}, tokens, jnp.arange(tokens.shape[1])[None], feed_forward, last=lengths - 1
-    )
+    logits, keys_values, _ = apply(decoder, weights, tokens, positions, feed_forward, last=lengths - 1)
     caches = tuple(fill_cache(k, v, lengths, slots, jnp.dtype(cache_dtype)) for k, v in keys_values)
     token, keys = _choose(logits, keys, sampling)
     ends = _ends(token, lengths, sampling, model.config)
@@ -143,7 +143,7 @@ def prefill(
 
 
 def decode_step(
-    weights: dict[str, Any],
+    weights: Weights,
     predictors: tuple[Any, ...] | None,
     token: Int[Array, "B"],
     position: Int[Array, "B"],
@@ -164,15 +164,13 @@ def decode_step(
         return y[:, None], counts
 
     decoder = Decoder(model.config, model.executor)
-    logits, caches, counts = decoder.apply(
-        {"params": weights}, token[:, None], position[:, None], feed_forward, caches=caches
-    )
+    logits, caches, counts = apply(decoder, weights, token[:, None], position[:, None], feed_forward, caches=caches)
     return logits[:, 0], caches, jnp.stack(counts)
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
 def decode_chunk(
-    weights: dict[str, Any],
+    weights: Weights,
     predictors: tuple[Any, ...] | None,
     state: DecodeState,
     sampling: Sampling,
@@ -300,7 +298,7 @@ class Decoding:
     def _prefill(self, tokens, lengths, keys, slots: int) -> DecodeState:
         """The state after the prompts, with caches of the embedding's dtype, or of float32 where that may not hold
         what is computed: float16 ends at 65,504, and the tokens to come may have larger keys than the prompts."""
-        cache_dtype = jnp.dtype(getattr(self._weights["embed"], "dtype", jnp.bfloat16))
+        cache_dtype = jnp.dtype(getattr(self._weights.embed, "dtype", jnp.bfloat16))
         run = partial(prefill, self._weights, tokens, lengths, keys, self.sampling, model=self.model, slots=slots)
         state, largest = run(cache_dtype=cache_dtype.name)
         if not largest * _HEADROOM <= jnp.finfo(cache_dtype).max:

@@ -22,7 +22,7 @@ from jsparse.model.attention import KVCache
 from jsparse.model.config import ModelConfig
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import rope_frequencies
-from jsparse.model.weights import FFNWeights, Predictor
+from jsparse.model.weights import FFNWeights, Layer, Predictor, Weights
 from jsparse.typing import Array, Float, Int
 
 
@@ -50,13 +50,10 @@ class Placed:
     handle: Int[Array, ""]
 
 
-def place(weights: dict[str, Any], predictors: tuple[Predictor, ...] | None) -> tuple[dict[str, Any], Any]:
+def place(weights: Weights, predictors: tuple[Predictor, ...] | None) -> tuple[Weights, Any]:
     """The weights and predictors of a model with the FFNs' ones on the device."""
-    placed = {
-        name: {**layer, "ffn": place_ffn(layer["ffn"])} if name.startswith("layers_") else layer
-        for name, layer in weights.items()
-    }
-    return placed, predictors and tuple(map(place_predictor, predictors))
+    layers = tuple(dataclasses.replace(layer, ffn=place_ffn(layer.ffn)) for layer in weights.layers)
+    return dataclasses.replace(weights, layers=layers), predictors and tuple(map(place_predictor, predictors))
 
 
 def place_ffn(ffn: FFNWeights) -> Placed:
@@ -135,7 +132,7 @@ class DeviceLoop:
         self,
         config: ModelConfig,
         spec: FFNSpec,
-        weights: dict[str, Any],
+        weights: Weights,
         predictors: tuple[Predictor, ...] | None,
         state: Any,
         choose: Callable | None,
@@ -144,17 +141,14 @@ class DeviceLoop:
         """state: a `loop.DecodeState`. choose: from logits and keys to tokens and keys; None for greedy."""
         import cann_bridge
 
-        layers = [
-            _layer_arrays(weights[f"layers_{i}"], predictors[i] if predictors else None)
-            for i in range(config.num_layers)
-        ]
-        head = weights["embed"] if config.tie_embeddings else weights["lm_head"]
+        layers = [_layer_arrays(layer, predictors[i] if predictors else None) for i, layer in enumerate(weights.layers)]
+        head = weights.embed if weights.head is None else weights.head
         with _as_user_error():
             self._decoder = cann_bridge.Decoder(
                 _spec(config, spec),
-                operand(weights["embed"]),
+                operand(weights.embed),
                 layers,
-                weights["norm"]["scale"],
+                weights.norm,
                 operand(head),
                 cann_bridge.device(),
             )
@@ -230,18 +224,18 @@ def _spec(config: ModelConfig, spec: FFNSpec):
     )
 
 
-def _layer_arrays(layer: dict[str, Any], predictor: Predictor | None):
+def _layer_arrays(layer: Layer, predictor: Predictor | None):
     import cann_bridge
 
-    attention = layer["attention"]
-    gate, up, down_t = operands(layer["ffn"])
+    attention = layer.attention
+    gate, up, down_t = operands(layer.ffn)
     return cann_bridge.LayerArrays(
-        input_norm=layer["input_norm"]["scale"],
-        **{name: operand(attention[f"{name}_proj"]) for name in ("q", "k", "v", "o")},
-        post_attention_norm=layer["post_attention_norm"]["scale"],
+        input_norm=layer.input_norm,
+        **{name: operand(getattr(attention, name).rows) for name in ("q", "k", "v", "o")},
+        post_attention_norm=layer.post_attention_norm,
         gate=gate,
         up=up,
         down_t=down_t,
-        biases=tuple(attention[f"{name}_bias"] for name in ("q", "k", "v") if f"{name}_bias" in attention),
+        biases=tuple(linear.bias for linear in (attention.q, attention.k, attention.v) if linear.bias is not None),
         predictor=predictor and (operand(predictor.a), operand(predictor.b), predictor.bias),
     )

@@ -4,22 +4,17 @@ from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from jsparse.arrays import Matrix, QuantizedRows
-from jsparse.errors import JsparseError
-from jsparse.executors import xla
 from jsparse.model.attention import KVCache
 from jsparse.model.config import ModelConfig
-from jsparse.model.layers import Block, FeedForward, RMSNorm, Rotation, parameter
+from jsparse.model.layers import Block, FeedForward, Rotation, apply, rms_norm
+from jsparse.model.weights import Weights
 from jsparse.typing import Array, Float, Int
-
-_init_embed = nn.initializers.normal(0.02)
 
 
 class Decoder(nn.Module):
-    """A causal language model. `Decoder(config, executor).apply({"params": weights}, ...)` runs it.
+    """A causal language model. `apply(Decoder(config, executor), weights, ...)` runs it.
 
     The residual stream is float32 whatever the weights' dtype; `executor` is a module of `jsparse.executors` and does
     every matrix product outside the attention of a prefill.
@@ -47,49 +42,19 @@ class Decoder(nn.Module):
           last: if given, only the logits of this token of each sequence are computed.
         """
         c = self.config
-        embed = parameter(self, "embed", _init_embed, (c.vocab_size, c.hidden_size))
-        x = c.embed_scale * self.executor.take_rows(embed, tokens.reshape(-1)).reshape(*tokens.shape, c.hidden_size)
+        weights: Weights = self.get_variable("params", "weights")
+        rows = self.executor.take_rows(weights.embed, tokens.reshape(-1))
+        x = c.embed_scale * rows.reshape(*tokens.shape, c.hidden_size)
         rotation = Rotation.of(positions, c)
         new_caches, extras = [], []
-        for layer in range(c.num_layers):
-            block = Block(c, self.executor, layer, name=f"layers_{layer}")
-            x, cache, extra = block(x, rotation, feed_forward, caches[layer] if caches is not None else None)
+        for layer, layer_weights in enumerate(weights.layers):
+            cache = caches[layer] if caches is not None else None
+            block = Block(c, self.executor, layer, parent=None)
+            x, cache, extra = apply(block, layer_weights, x, rotation, feed_forward, cache)
             new_caches.append(cache)
             extras.append(extra)
         if last is not None:
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        x = c.logit_scale * RMSNorm(c.hidden_size, c.norm_eps, name="norm")(x)
-        head: Matrix = (
-            embed if c.tie_embeddings else parameter(self, "lm_head", _init_embed, (c.vocab_size, c.hidden_size))
-        )
+        x = c.logit_scale * rms_norm(x, weights.norm, c.norm_eps)
+        head = weights.embed if weights.head is None else weights.head
         return self.executor.linear(x, head), tuple(new_caches), extras
-
-
-def weight_shapes(config: ModelConfig) -> dict[str, Any]:
-    """The structure of `Params.weights`, with a `jax.ShapeDtypeStruct` for every matrix and vector."""
-    token = jnp.zeros((1, 1), jnp.int32)
-
-    def initialise(key):
-        return Decoder(config, xla).init(key, token, token, lambda layer, x, ffn: (x, None))["params"]
-
-    return jax.eval_shape(initialise, jax.random.key(0))
-
-
-def check_weights(weights: dict[str, Any], config: ModelConfig) -> None:
-    """Raises: JsparseError: weights are missing, unknown or of another shape than the config's; all are listed."""
-
-    def shapes(tree):
-        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, QuantizedRows))
-        return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
-
-    wanted, found = shapes(weight_shapes(config)), shapes(weights)
-    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
-    problems += [f"{name} is unknown" for name in found.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {found[name]}, expected {wanted[name]}"
-        for name in wanted.keys() & found.keys()
-        if found[name] != wanted[name]
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise JsparseError(f"the weights do not fit the config: {'; '.join(sorted(problems)[:5])}{more}")

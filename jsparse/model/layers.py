@@ -1,4 +1,4 @@
-"""The decoder's building blocks as Flax Linen modules: norm, rotary attention, residual block."""
+"""The decoder's building blocks: norm, rotary embedding, and as Flax Linen modules attention and residual block."""
 
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -10,10 +10,8 @@ import numpy as np
 
 from jsparse.model.attention import KVCache, causal_attention
 from jsparse.model.config import ModelConfig
-from jsparse.model.weights import FFNWeights
+from jsparse.model.weights import AttentionWeights, FFNWeights, Layer
 from jsparse.typing import Array, Float, Int
-
-_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
 
 
 @runtime_checkable
@@ -43,26 +41,15 @@ class Rotation(NamedTuple):
         return cls(positions, *table.at[1].set(jnp.concatenate([-sin, sin], axis=-1)))
 
 
-def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
-    """A parameter of a module, made by `init(key, shape)` where the module is being initialised.
-
-    Linen's own lookup compares shapes leaf by leaf and so refuses quantised matrices; shapes are checked where a
-    checkpoint is loaded.
-    """
-    if module.has_variable("params", name):
-        return module.get_variable("params", name)
-    return module.param(name, init, shape)
+def apply(module: nn.Module, weights: Any, *args: Any, **options: Any) -> Any:
+    """Run a module on its weights, which Linen holds as one leaf: their names and shapes are the table's affair."""
+    return module.apply({"params": {"weights": weights}}, *args, **options)
 
 
-class RMSNorm(nn.Module):
-    size: int
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale = parameter(self, "scale", nn.initializers.ones, (self.size,))
-        x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale.astype(jnp.float32)
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
+    """x over its root mean square, in float32, times the scale."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale.astype(jnp.float32)
 
 
 class Attention(nn.Module):
@@ -77,14 +64,10 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Without a cache attends within x and returns its keys and values; with one, T is 1 and the cache grows."""
         c = self.config
-
-        heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
-        sizes = {name: count * c.head_dim for name, count in heads.items()}
-        weights = [parameter(self, f"{name}_proj", _init, (size, c.hidden_size)) for name, size in sizes.items()]
-        projected = self.executor.linears(x, weights)
-        if c.qkv_bias:
-            biases = [parameter(self, f"{name}_bias", nn.initializers.zeros, (size,)) for name, size in sizes.items()]
-            projected = [y + bias for y, bias in zip(projected, biases)]
+        weights: AttentionWeights = self.get_variable("params", "weights")
+        inputs = (weights.q, weights.k, weights.v)
+        projected = self.executor.linears(x, [linear.rows for linear in inputs])
+        projected = [y if linear.bias is None else y + linear.bias for y, linear in zip(projected, inputs)]
         q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in projected)
         q, k = (rotate(y, rotation.cos, rotation.signed_sin) for y in (q, k))
         if cache is None:
@@ -92,8 +75,7 @@ class Attention(nn.Module):
         else:
             now = (q[:, 0], k[:, 0], v[:, 0], rotation.positions[:, 0])
             out, cache = self.executor.attend(*now, cache, c.sliding_window)
-        weight = parameter(self, "o_proj", _init, (c.hidden_size, c.num_heads * c.head_dim))
-        return self.executor.linear(out.reshape(*x.shape[:2], -1), weight), cache
+        return self.executor.linear(out.reshape(*x.shape[:2], -1), weights.o.rows), cache
 
 
 class Block(nn.Module):
@@ -112,19 +94,12 @@ class Block(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache, Any]:
         c = self.config
-        normed = RMSNorm(c.hidden_size, c.norm_eps, name="input_norm")(x)
-        attended, cache = Attention(c, self.executor, name="attention")(normed, rotation, cache)
+        weights: Layer = self.get_variable("params", "weights")
+        normed = rms_norm(x, weights.input_norm, c.norm_eps)
+        attended, cache = apply(Attention(c, self.executor, parent=None), weights.attention, normed, rotation, cache)
         x = x + c.residual_scale * attended
-        normed = RMSNorm(c.hidden_size, c.norm_eps, name="post_attention_norm")(x)
-        ffn = parameter(self, "ffn", _init_ffn, (c.intermediate_size, c.hidden_size))
-        y, extras = feed_forward(self.layer, normed, ffn)
+        y, extras = feed_forward(self.layer, rms_norm(x, weights.post_attention_norm, c.norm_eps), weights.ffn)
         return x + c.residual_scale * y, cache, extras
-
-
-def _init_ffn(key: Array, shape: tuple[int, int]) -> FFNWeights:
-    gate, up, down = jax.random.split(key, 3)
-    fan_out = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-2, out_axis=-1)
-    return FFNWeights(_init(gate, shape), _init(up, shape), fan_out(down, shape))
 
 
 def rotate(

@@ -28,6 +28,76 @@ class FFNWeights:
     down_t: Matrix
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("rows", "bias"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A linear map x -> rows x + bias.
+
+    Attributes:
+      rows: (out, in).
+      bias: (out,) float32, or None.
+    """
+
+    rows: Matrix
+    bias: Float[Array, "out"] | None = None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("q", "k", "v", "o"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class AttentionWeights:
+    """The projections of one layer's attention.
+
+    Attributes:
+      q: from D to N heads of dimension H, one after another.
+      k, v: from D to K heads of dimension H.
+      o: from the N heads back to D.
+    """
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("input_norm", "attention", "post_attention_norm", "ffn"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer: attention and FFN, each behind a norm whose scale (D,) stands here."""
+
+    input_norm: Float[Array, "D"]
+    attention: AttentionWeights
+    post_attention_norm: Float[Array, "D"]
+    ffn: FFNWeights
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("embed", "layers", "norm", "head"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """All weights of a model; `jsparse.model.parameters` has the table of them.
+
+    Attributes:
+      embed: (V, D).
+      layers: one `Layer` each, never stacked.
+      norm: (D,), the scale of the norm before the head.
+      head: (V, D), or None where it is the embedding.
+    """
+
+    embed: Matrix
+    layers: tuple[Layer, ...]
+    norm: Float[Array, "D"]
+    head: Matrix | None = None
+
+    def replace_layer(self, index: int, **changes: Any) -> "Weights":
+        """The same weights but for some fields of one layer."""
+        layers = list(self.layers)
+        layers[index] = dataclasses.replace(layers[index], **changes)
+        return dataclasses.replace(self, layers=tuple(layers))
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=("a", "b", "bias"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Predictor:
@@ -55,15 +125,13 @@ class Params:
 
     Attributes:
       config: the architecture (static).
-      weights: the variables of `jsparse.model.decoder.Decoder`, one subtree per layer, never stacked:
-        {"embed": (V, D), "layers_0": {"attention": {...}, "ffn": FFNWeights, ...}, ..., "norm": {...},
-        "lm_head": (V, D) unless tied}. Linear weights are (out, in).
+      weights: matrices, norms and biases.
       predictors: one `Predictor` per layer, or None for a model that only decodes densely.
       tokenizer: a `jsparse.text.tokenizer.Tokenizer`, or None for a model used on token ids alone (static).
     """
 
     config: ModelConfig
-    weights: dict[str, Any]
+    weights: Weights
     predictors: tuple[Predictor, ...] | None = None
     tokenizer: Any = None
 

@@ -19,8 +19,8 @@ from jsparse.errors import JsparseError
 from jsparse.executors import xla
 from jsparse.model.config import ModelConfig
 from jsparse.model.ffn import FFNSpec
-from jsparse.model.layers import Block, Rotation
-from jsparse.model.weights import FFNWeights, Params, Predictor
+from jsparse.model.layers import Block, Rotation, apply
+from jsparse.model.weights import FFNWeights, Layer, Params, Predictor
 from jsparse.predictors.options import CalibrationOptions, LayerReport
 from jsparse.predictors.state import CalibrationState
 from jsparse.predictors.svd import fit_low_bit
@@ -76,13 +76,13 @@ def fit_layers(
     for layer in range(first):
         yield state.read_layer(layer)
     if hidden is None:
-        embed = take_rows(params.weights["embed"], jnp.asarray(rows.reshape(-1)))
+        embed = take_rows(params.weights.embed, jnp.asarray(rows.reshape(-1)))
         hidden = np.array(config.embed_scale * embed).reshape(*rows.shape, -1)
         del embed
     for layer in range(first, config.num_layers):
-        block = params.weights[f"layers_{layer}"]
+        block = params.weights.layers[layer]
         inputs = _run_block(block, hidden, config, layer)
-        predictor, report = fit_layer(block["ffn"], inputs, config, options, layer)
+        predictor, report = fit_layer(block.ffn, inputs, config, options, layer)
         del inputs
         if state:
             state.write_layer(layer, predictor, report, hidden)
@@ -161,12 +161,12 @@ def _block_step(block, hidden, config):
         return xla.dense_ffn(x, ffn, FFNSpec.of(config)), x
 
     rotation = Rotation.of(jnp.arange(hidden.shape[1])[None], config)
-    out, _, inputs = Block(config, xla, 0).apply({"params": block}, hidden, rotation, feed_forward)
+    out, _, inputs = apply(Block(config, xla, 0), block, hidden, rotation, feed_forward)
     return out, inputs
 
 
 def _run_block(
-    block: dict[str, Any], hidden: Float[np.ndarray, "rows T D"], config: ModelConfig, layer: int
+    block: Layer, hidden: Float[np.ndarray, "rows T D"], config: ModelConfig, layer: int
 ) -> Float[np.ndarray, "rows t D"]:
     """Replace `hidden` by the layer's output; returns the layer's FFN inputs without the first position."""
     inputs = np.empty((hidden.shape[0], max(1, hidden.shape[1] - 1), hidden.shape[2]), np.float32)

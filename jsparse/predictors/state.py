@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.arrays import QuantizedRows
+from jsparse.checkpoints.first_format import leaves_in_order
 from jsparse.checkpoints.native import digest
 from jsparse.errors import JsparseError
 from jsparse.model.weights import Params, Predictor
@@ -32,7 +33,7 @@ class CalibrationState:
         chosen = dataclasses.replace(options, rank=options.ranks(params.config))  # however they were given
         key = hashlib.sha256(json.dumps([params.config.to_dict(), dataclasses.asdict(chosen)], default=int).encode())
         key.update(rows.tobytes())
-        for leaf in jax.tree.leaves(params.weights):
+        for leaf in leaves_in_order(params.weights):
             key.update(digest(leaf).to_bytes(4, "little"))
         identity = self._directory / "calibration.id"
         others = [path for path in self._directory.iterdir() if path.name != f"{identity.name}.tmp"]

@@ -1,0 +1,134 @@
+"""The table of a model's parameters, from which shapes, names on disk and random weights follow."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jsparse.arrays import Matrix, QuantizedRows
+from jsparse.errors import JsparseError, some_of
+from jsparse.model.config import ModelConfig
+from jsparse.model.weights import AttentionWeights, FFNWeights, Layer, Linear, Weights
+from jsparse.typing import Array
+
+Role = Literal["embed", "head", "matrix", "norm", "bias"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One array of `Weights`.
+
+    Attributes:
+      shape: of the array.
+      axes: what each axis counts, in the letters of `jsparse.typing`; NH and KH are heads times their dimension.
+      role: `embed` and `head` meet token ids, a `matrix` hidden states, a `norm` scales them, and a `bias` is added.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    role: Role
+
+
+def parameters(config: ModelConfig) -> dict[str, Parameter]:
+    """Every array of a model by its path in `Weights`, as "layers/0/attention/q/rows"."""
+    c = config
+    sizes = {
+        "V": c.vocab_size,
+        "D": c.hidden_size,
+        "F": c.intermediate_size,
+        "NH": c.num_heads * c.head_dim,
+        "KH": c.num_kv_heads * c.head_dim,
+    }
+
+    def parameter(role: Role, *axes: str) -> Parameter:
+        return Parameter(tuple(sizes[axis] for axis in axes), axes, role)
+
+    table = {"embed": parameter("embed", "V", "D")}
+    for layer in range(c.num_layers):
+        block = {"input_norm": parameter("norm", "D")}
+        for name, axis in (("q", "NH"), ("k", "KH"), ("v", "KH")):
+            block[f"attention/{name}/rows"] = parameter("matrix", axis, "D")
+            if c.qkv_bias:
+                block[f"attention/{name}/bias"] = parameter("bias", axis)
+        block["attention/o/rows"] = parameter("matrix", "D", "NH")
+        block["post_attention_norm"] = parameter("norm", "D")
+        block |= {f"ffn/{name}": parameter("matrix", "F", "D") for name in ("gate", "up", "down_t")}
+        table |= {f"layers/{layer}/{path}": entry for path, entry in block.items()}
+    table["norm"] = parameter("norm", "D")
+    if not c.tie_embeddings:
+        table["head"] = parameter("head", "V", "D")
+    return table
+
+
+def make_weights(config: ModelConfig, leaf: Callable[[str, Parameter], Any]) -> Weights:
+    """The `Weights` whose array at every path of the table is `leaf(path, parameter)`."""
+    table = parameters(config)
+    found = {path: leaf(path, entry) for path, entry in table.items()}
+
+    def linear(path: str) -> Linear:
+        return Linear(found[f"{path}/rows"], found.get(f"{path}/bias"))
+
+    def layer(path: str) -> Layer:
+        return Layer(
+            found[f"{path}/input_norm"],
+            AttentionWeights(*(linear(f"{path}/attention/{name}") for name in ("q", "k", "v", "o"))),
+            found[f"{path}/post_attention_norm"],
+            FFNWeights(*(found[f"{path}/ffn/{name}"] for name in ("gate", "up", "down_t"))),
+        )
+
+    layers = tuple(layer(f"layers/{i}") for i in range(config.num_layers))
+    return Weights(found["embed"], layers, found["norm"], found.get("head"))
+
+
+def by_path(tree: Any) -> dict[str, Matrix | Array]:
+    """Every matrix and vector of a pytree of weights by its path; a low-bit matrix is one entry."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, QuantizedRows))
+    return {"/".join(_name(entry) for entry in path): leaf for path, leaf in leaves}
+
+
+def _name(entry: Any) -> str:
+    return str(next(getattr(entry, kind) for kind in ("name", "idx", "key") if hasattr(entry, kind)))
+
+
+def weight_shapes(config: ModelConfig) -> Weights:
+    """`Weights` with a float32 `jax.ShapeDtypeStruct` for every matrix and vector."""
+    return make_weights(config, lambda _, entry: jax.ShapeDtypeStruct(entry.shape, jnp.float32))
+
+
+def random_weights(config: ModelConfig, key: Array) -> Weights:
+    """Weights to train from: matrices keep the variance of what they multiply, embeddings have deviation 0.02."""
+
+    def leaf(path: str, entry: Parameter) -> Array:
+        if entry.role in ("norm", "bias"):
+            return jnp.full(entry.shape, float(entry.role == "norm"))
+        # down_t is stored the other way round, so its inputs are its rows.
+        inputs = entry.shape[0 if path.endswith("down_t") else 1]
+        deviation = 0.02 if entry.role in ("embed", "head") else inputs**-0.5
+        return deviation * jax.random.normal(jax.random.fold_in(key, zlib.crc32(path.encode())), entry.shape)
+
+    return make_weights(config, leaf)
+
+
+def check_weights(weights: Weights, config: ModelConfig) -> None:
+    """Raises: JsparseError: weights are missing, unknown or of another shape than the config's; some are listed."""
+    if not isinstance(weights, Weights):
+        raise JsparseError(f"the weights are of type {type(weights).__name__}; they must be jsparse.Weights")
+    check_leaves(by_path(weights), config)
+
+
+def check_leaves(leaves: dict[str, Matrix | Array], config: ModelConfig) -> None:
+    """`check_weights` of arrays by their path."""
+    wanted = {path: entry.shape for path, entry in parameters(config).items()}
+    found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    problems = [f"{path} is missing" for path in wanted.keys() - found.keys()]
+    problems += [f"{path} is unknown" for path in found.keys() - wanted.keys()]
+    problems += [
+        f"{path} is {found[path]}, expected {wanted[path]}"
+        for path in wanted.keys() & found.keys()
+        if found[path] != wanted[path]
+    ]
+    if problems:
+        raise JsparseError(f"the weights do not fit the config: {some_of(sorted(problems))}")
