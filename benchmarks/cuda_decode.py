@@ -8,7 +8,7 @@ static cache. Times are of whole tokens, host included.
 import argparse
 import dataclasses
 
-from benchmarks import gpu, other_engines, plain_xla, random_models
+from benchmarks import gpu, other_engines, random_models
 from benchmarks.decode import (
     CONTEXT,
     TOKENS,
@@ -21,8 +21,9 @@ from benchmarks.decode import (
     random_caches,
     weights_of,
 )
+from benchmarks.plain_xla import PlainXla
 from benchmarks.report import Engine, print_json
-from jsparse.executors import cuda
+from jsparse.executors.kernels import KernelExecutor
 
 
 def measure(shape: str, config, dtypes: list[str], others: list[str], rounds: int, probe) -> list[dict]:
@@ -33,9 +34,9 @@ def measure(shape: str, config, dtypes: list[str], others: list[str], rounds: in
         progress(shape, f"jsparse in {dtype}")
         weights = weights_of(config, layer, dtype)
         if dtype != "int8":
-            plain = JsparseDecoder(config, weights, caches, layer, None, plain_xla)
+            plain = JsparseDecoder(config, weights, caches, layer, None, PlainXla())
             engines.append(plain.engine("plain JAX", dtype))
-        engines += jsparse_engines(config, weights, caches, layer, points, cuda, dtype)
+        engines += jsparse_engines(config, weights, caches, layer, points, KernelExecutor("cuda"), dtype)
     for other in others:
         progress(shape, f"transformers, {other}")
         try:

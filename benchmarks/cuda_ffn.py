@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import gpu, plain_xla, random_models
+from benchmarks import gpu, random_models
+from benchmarks.plain_xla import PlainXla
 from benchmarks.report import Engine, compare, print_json
 from benchmarks.rotation import nbytes, one_after_another, predictor_for, rotated
-from jsparse.executors import cuda
+from jsparse.executors.kernels import KernelExecutor
 from jsparse.model.ffn import FFNSpec
 
 ROTATED_BYTES = 1.5e9
@@ -26,21 +27,22 @@ ROTATED_BYTES = 1.5e9
 REPEATS = 100
 """Of the layers in one program, so that starting it does not count: a sparse layer takes some 10 microseconds."""
 SPEC = FFNSpec("fatrelu", random_models.threshold())
+EXECUTOR = KernelExecutor("cuda")
 
 
 def engines_of(layer: random_models.Layer, x: jax.Array, points: tuple, dtype: str, repeats: int) -> list[Engine]:
     """Plain JAX, ours at every operating point beside CUDA C by hand, and PyTorch."""
     ffn = layer.stored(dtype)
     alone = rotated((ffn,), ROTATED_BYTES)
-    dense = one_after_another(partial(plain_xla.dense_ffn, spec=SPEC), x, alone, repeats)
+    dense = one_after_another(partial(PlainXla().dense_ffn, spec=SPEC), x, alone, repeats)
     engines = [Engine("XLA", "dense", dtype, dense, nbytes(ffn))]
 
     def sparse(x, ffn, predictor):
-        return cuda.sparse_ffn(x, ffn, predictor, SPEC)[0]
+        return EXECUTOR.sparse_ffn(x, ffn, predictor, SPEC)[0]
 
     for point in points:
         predictor = predictor_for(layer, x, point, jnp.float16 if dtype == "float16" else jnp.bfloat16)
-        y, counts = jax.jit(partial(cuda.sparse_ffn, spec=SPEC))(x, ffn, predictor)
+        y, counts = jax.jit(partial(EXECUTOR.sparse_ffn, spec=SPEC))(x, ffn, predictor)
         predicted, active = (np.asarray(counts[0]) / ffn.gate.shape[0]).tolist()
         read = nbytes(ffn) * (predicted + 2 * active) / 3 + nbytes(predictor)
         layers = rotated((ffn, predictor), ROTATED_BYTES)

@@ -13,7 +13,6 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +27,11 @@ from benchmarks.report import Engine, cpu_probe, positive, print_json, seconds
 from benchmarks.rotation import nbytes
 from benchmarks.shapes import SHAPES
 from jsparse.arrays import Matrix
-from jsparse.decoding.loop import DecodeState, Model, Sampling, bucket, decode_chunk
+from jsparse.decoding.forward import Model
+from jsparse.decoding.loop import DecodeState, bucket, decode_chunk
+from jsparse.decoding.sampling import Sampling
 from jsparse.executors.select import select_executor
+from jsparse.model.executor import Executor
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.parameters import Parameter, make_weights, parameters
 from jsparse.model.weights import Weights
@@ -64,7 +66,7 @@ def weights_of(config: jsparse.ModelConfig, layer: random_models.Layer, dtype: s
 class JsparseDecoder:
     """The decode loop of `jsparse.generate` on a prepared cache, which is one that all of them take turns with."""
 
-    def __init__(self, config, weights, caches: list, layer, point: OperatingPoint | None, executor: ModuleType):
+    def __init__(self, config, weights, caches: list, layer, point: OperatingPoint | None, executor: Executor):
         self._model = Model(config, executor, FFNSpec.of(config))
         self._weights, self._caches = weights, caches
         self._predictors = None
@@ -112,7 +114,7 @@ class JsparseDecoder:
         return Engine(name, "sparse", dtype, self.run, read, predicted, active)
 
 
-def jsparse_engines(config, weights, caches: list, layer, points, executor: ModuleType, dtype: str) -> list[Engine]:
+def jsparse_engines(config, weights, caches: list, layer, points, executor: Executor, dtype: str) -> list[Engine]:
     """Dense, and sparse at each operating point, on the same weights."""
     return [
         JsparseDecoder(config, weights, caches, layer, point, executor).engine(

@@ -16,8 +16,8 @@ from benchmarks import random_models
 from benchmarks.report import Engine, compare, cpu_probe, positive, print_json, seconds
 from benchmarks.rotation import nbytes, one_after_another, predictor_for, rotated
 from benchmarks.shapes import SHAPES
-from jsparse.executors import xla
 from jsparse.executors.select import select_executor
+from jsparse.executors.xla import Xla
 from jsparse.model.ffn import FFNSpec
 
 PREDICTED = (0.1, 0.3, 0.5)
@@ -48,7 +48,7 @@ def executor_engines(layer: random_models.Layer, x: jax.Array, dtype: str) -> li
 
 def xla_engine(layer: random_models.Layer, x: jax.Array) -> Engine:
     ffn = layer.stored("float32")
-    run = one_after_another(partial(xla.dense_ffn, spec=SPEC), x, rotated((ffn,), ROTATED_BYTES))
+    run = one_after_another(partial(Xla().dense_ffn, spec=SPEC), x, rotated((ffn,), ROTATED_BYTES))
     return Engine("XLA", "dense", "float32", run, nbytes(ffn))
 
 

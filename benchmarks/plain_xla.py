@@ -1,31 +1,42 @@
 """Dense decoding as one would write it in JAX: 16-bit operands, float32 sums.
 
-What sparse decoding on a GPU is held against; it stands where an executor does, without a sparse FFN.
+What sparse decoding on a GPU is held against; it decodes densely only.
 """
+
+import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jsparse.arrays import Matrix, QuantizedRows, take_rows
-from jsparse.model.attention import attend
+from jsparse.arrays import Matrix, QuantizedRows
+from jsparse.executors.xla import Xla
+from jsparse.model.executor import Split
+from jsparse.model.ffn import FFNSpec
+from jsparse.model.weights import FFNWeights, Linear
 
-__all__ = ["attend", "dense_ffn", "linear", "linears", "take_rows"]
+
+@dataclasses.dataclass(frozen=True)
+class PlainXla(Xla):
+    """XLA's executor with products in 16 bits. Of int8 rows the sums are scaled, so that none is ever widened."""
+
+    name: str = "plain xla"
+
+    def project(self, x: jax.Array, linears: Sequence[Linear], split: Split = "out") -> tuple[jax.Array, ...]:
+        """As `Executor.project`."""
+        outs = (_linear(x, linear.rows) for linear in linears)
+        return tuple(out if linear.bias is None else out + linear.bias for out, linear in zip(outs, linears))
+
+    def dense_ffn(self, x: jax.Array, ffn: FFNWeights, spec: FFNSpec) -> jax.Array:
+        """As `Executor.dense_ffn`."""
+        hidden = spec.phi(_linear(x, ffn.gate)) * spec.psi(_linear(x, ffn.up))
+        values, scale = _stored(ffn.down_t)
+        return jnp.matmul((hidden * scale).astype(values.dtype), values, preferred_element_type=jnp.float32)
 
 
-def linear(x: jax.Array, weight: Matrix) -> jax.Array:
-    """x W^T in float32 for x (..., D) and W (out, D); of int8 rows the sums are scaled, so that W is never widened."""
+def _linear(x: jax.Array, weight: Matrix) -> jax.Array:
     values, scale = _stored(weight)
     return jnp.einsum("...d,od->...o", x.astype(values.dtype), values, preferred_element_type=jnp.float32) * scale
-
-
-def linears(x: jax.Array, weights) -> tuple[jax.Array, ...]:
-    return tuple(linear(x, weight) for weight in weights)
-
-
-def dense_ffn(x: jax.Array, ffn, spec) -> jax.Array:
-    hidden = spec.phi(linear(x, ffn.gate)) * spec.psi(linear(x, ffn.up))
-    values, scale = _stored(ffn.down_t)
-    return jnp.matmul((hidden * scale).astype(values.dtype), values, preferred_element_type=jnp.float32)
 
 
 def _stored(matrix: Matrix) -> tuple[jax.Array, jax.Array | float]:

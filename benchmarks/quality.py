@@ -23,6 +23,7 @@ from jsparse.executors.select import select_executor
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import apply
+from jsparse.model.weights import Linear
 from jsparse.predictors.options import CalibrationOptions
 from jsparse.predictors.texts import default_texts
 
@@ -52,7 +53,8 @@ def teacher_forced(weights, predictors, row, config, executor):
 
     def feed_forward(layer, x, ffn):
         flat = x[0]
-        hidden = spec.phi(executor.linear(flat, ffn.gate)) * spec.psi(executor.linear(flat, ffn.up))
+        gate, up = executor.project(flat, [Linear(ffn.gate), Linear(ffn.up)])
+        hidden = spec.phi(gate) * spec.psi(up)
         active = jnp.sum(hidden != 0)
         if predictors is None:
             return executor.dense_ffn(x, ffn, spec), jnp.stack([active, active, active])

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks import random_models
 from benchmarks.report import seconds
-from jsparse.executors import xla
+from jsparse.executors.xla import linear
 from jsparse.model.weights import Predictor
 
 
@@ -43,6 +43,6 @@ def predictor_for(
 ) -> Predictor:
     """The predictor with the bias that predicts just that share of the neurons of x; 16-bit factors in that dtype."""
     predictor = jax.tree.map(lambda m: m.astype(dtype) if m.dtype == jnp.bfloat16 else m, layer.predictor(point))
-    scores = xla.linear(xla.linear(x, predictor.a), predictor.b)[0]
+    scores = linear(linear(x, predictor.a), predictor.b)[0]
     bias = jnp.full_like(predictor.bias, -jnp.quantile(scores, 1 - point.predicted))
     return dataclasses.replace(predictor, bias=bias)

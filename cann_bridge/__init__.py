@@ -6,14 +6,13 @@ device by handle; and `Decoder`, the whole decode step and loop there. torch and
 
 from cann_bridge.callbacks import dense_ffn, place_ffn, place_predictor, sparse_ffn
 from cann_bridge.decoder import PAD, Decoder, LayerArrays, Spec
-from cann_bridge.devices import computing_on, device, unavailable
+from cann_bridge.devices import device, unavailable
 
 __all__ = [
     "PAD",
     "Decoder",
     "LayerArrays",
     "Spec",
-    "computing_on",
     "dense_ffn",
     "device",
     "place_ffn",

@@ -1,15 +1,11 @@
 """Which device the bridge computes on, in which dtypes, and why it cannot: the rules in one place."""
 
-import contextlib
 import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
-_chosen: list[Any] = []
 _imported: list[ModuleType] = []
 _lock = threading.Lock()
 
@@ -31,8 +27,6 @@ def import_torch() -> ModuleType:
 
 def unavailable() -> str | None:
     """Why there is no NPU to compute on, with what to do about it, or None."""
-    if _chosen:
-        return None
     for name in ("torch_npu", "torch"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed: pip install torch_npu==2.13.0"
@@ -47,19 +41,9 @@ def unavailable() -> str | None:
     return None
 
 
-def device():
-    """The torch.device to compute on: an NPU, unless `computing_on` says otherwise."""
-    return _chosen[-1] if _chosen else import_torch().device("npu")
-
-
-@contextlib.contextmanager
-def computing_on(name: str) -> Iterator[None]:
-    """Compute on another device: `cpu`, for tests and comparisons without an NPU."""
-    _chosen.append(import_torch().device(name))
-    try:
-        yield
-    finally:
-        _chosen.pop()
+def device(name: str = "npu"):
+    """The torch.device of that name: an NPU, or `cpu` for comparisons without one."""
+    return import_torch().device(name)
 
 
 def weight_dtype(stored: str, where):

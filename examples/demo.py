@@ -23,7 +23,7 @@ def timed(params: jsparse.Params, sparse: bool) -> tuple[str, float, float]:
 def main() -> None:
     params, reports = fit_with_progress(jsparse.load("default"), default_texts("default"))
     print_reports(reports)
-    print(f"executor: {select_executor().__name__}")
+    print(f"executor: {select_executor().name}")
     print("Sparse decoding leaves out what the predictors miss: the texts may part after some lines.")
     for name, sparse in (("dense", False), ("sparse", True)):
         text, speed, rows_read = timed(params, sparse)

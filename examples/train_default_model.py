@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 import jsparse.text.tokenizer
 from convert import to_huggingface
-from jsparse.executors import xla
+from jsparse.executors.xla import Xla
 from jsparse.model.config import ModelConfig
 from jsparse.model.decoder import Decoder
 from jsparse.model.layers import apply
@@ -150,7 +150,7 @@ def training_ffn(layer, x, ffn):
 
 def loss_fn(weights, rows, penalty):
     positions = jnp.arange(rows.shape[1] - 1)[None]
-    logits, _, extras = apply(Decoder(CONFIG, xla), weights, rows[:, :-1], positions, training_ffn)
+    logits, _, extras = apply(Decoder(CONFIG, Xla()), weights, rows[:, :-1], positions, training_ffn)
     activations, sparsity = (jnp.stack(values) for values in zip(*extras))
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
     return cross_entropy + penalty * jnp.mean(activations), (cross_entropy, sparsity)

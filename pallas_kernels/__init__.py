@@ -17,12 +17,20 @@ from pallas_kernels.attention import attend
 from pallas_kernels.kernels import Matrix, values_of
 from pallas_kernels.tiles import Tiles, choose
 
-__all__ = ["Matrix", "Tiles", "attend", "dense_ffn", "linear", "sparse_ffn", "unavailable"]
+__all__ = ["Matrix", "Tiles", "attend", "dense_ffn", "linear", "sparse_ffn", "take_rows", "unavailable"]
 
 _OLDEST = (8, 0)
 _SPARSE = ("reglu", "drelu", "fatrelu")
 
-linear = products.linear
+
+def take_rows(matrix: Matrix, indices: jax.Array, columns: int) -> jax.Array:
+    """Rows of a matrix (rows, columns) in float32, (n, columns), for indices (n,); one outside gives zeros."""
+    return products.take_rows(matrix, indices, columns)
+
+
+def linear(x: jax.Array, *weights: Matrix) -> tuple[jax.Array, ...]:
+    """x (B, D) times the transpose of each matrix (out, D): one (B, out) per matrix."""
+    return tuple(products.linear(x, weight) for weight in weights)
 
 
 def unavailable() -> str | None:
@@ -54,7 +62,7 @@ def dense_ffn(
         raise ValueError(f"kind is {kind!r}; it must be {', '.join(_SPARSE)} or swiglu")
     phi, psi = _activations(kind, threshold)
     x = x.astype(jnp.float32)
-    return products.transposed(phi(linear(x, gate)) * psi(linear(x, up)), down_t)
+    return products.transposed(phi(products.linear(x, gate)) * psi(products.linear(x, up)), down_t)
 
 
 def sparse_ffn(
@@ -93,7 +101,7 @@ def sparse_ffn(
         tiles = choose(*values_of(gate).shape, str(values_of(gate).dtype))
     x = x.astype(jnp.float32)
     survivors, hidden, counts = kernels.predict_gate_up(
-        x, linear(x, a), b, bias, gate, up, phi=phi, psi=psi, parallel=parallel, tiles=tiles
+        x, products.linear(x, a), b, bias, gate, up, phi=phi, psi=psi, parallel=parallel, tiles=tiles
     )
     partial, totals = kernels.down(survivors, hidden, counts, down_t, tiles=tiles)
     return jnp.sum(partial, axis=1), totals

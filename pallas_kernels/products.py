@@ -21,6 +21,18 @@ def linear(x: jax.Array, weight: Matrix) -> jax.Array:
     return out if scale is None else out * scale
 
 
+def take_rows(matrix: Matrix, indices: jax.Array, columns: int) -> jax.Array:
+    """Rows of a matrix (rows, columns) in float32; an index outside gives zeros."""
+    values, scale = (
+        None if part is None else part.at[indices].get(mode="fill", fill_value=0)
+        for part in (matrix if isinstance(matrix, tuple) else (matrix, None))
+    )
+    if values.dtype == jnp.uint8:
+        values = jnp.stack(nibbles(values), axis=-1).reshape(values.shape[0], -1)[:, :columns]
+    values = values.astype(jnp.float32)
+    return values if scale is None else values * scale[:, None]
+
+
 def transposed(h: jax.Array, weight: Matrix) -> jax.Array:
     """h (B, F) times weight (F, D), (B, D) float32."""
     values, scale = weight if isinstance(weight, tuple) else (weight, None)

@@ -26,8 +26,10 @@ from jax.experimental import topologies
 import pallas_kernels
 from benchmarks.shapes import SHAPES
 from jsparse.arrays import QuantizedRows
-from jsparse.decoding.loop import DecodeState, Model, Sampling, decode_chunk
-from jsparse.executors import cuda
+from jsparse.decoding.forward import Model
+from jsparse.decoding.loop import DecodeState, decode_chunk
+from jsparse.decoding.sampling import Sampling
+from jsparse.executors.kernels import KernelExecutor
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.parameters import weight_shapes
 from jsparse.model.weights import Predictor
@@ -179,7 +181,7 @@ def count_kernels(shape: str, layers: int, mesh, struct) -> int:
             state,
             sampling,
             struct(dtype="int32"),
-            model=Model(config, cuda, FFNSpec.of(config)),
+            model=Model(config, KernelExecutor("cuda"), FFNSpec.of(config)),
         ).compile()
     (path,) = DUMP.glob("*decode_chunk*.thunk_sequence.txt")
     body = path.read_text().partition("body:")[2]

@@ -21,7 +21,7 @@ from test_generation import byte_tokenizer
 import jsparse
 from jsparse.arrays import QuantizedRows
 from jsparse.cli import calibrate
-from jsparse.executors import xla
+from jsparse.executors.xla import Xla
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import apply
@@ -63,11 +63,11 @@ def ffn_inputs(params: jsparse.Params, rows: np.ndarray) -> list[np.ndarray]:
     spec = FFNSpec.of(params.config)
 
     def feed_forward(layer, x, ffn):
-        return xla.dense_ffn(x, ffn, spec), x
+        return Xla().dense_ffn(x, ffn, spec), x
 
     second = jnp.asarray(rows[len(rows) // 2 :])
     positions = jnp.arange(rows.shape[1])[None]
-    _, _, inputs = apply(Decoder(params.config, xla), params.weights, second, positions, feed_forward)
+    _, _, inputs = apply(Decoder(params.config, Xla()), params.weights, second, positions, feed_forward)
     return [np.asarray(x)[:, 1:].reshape(-1, params.config.hidden_size) for x in inputs]
 
 

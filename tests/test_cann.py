@@ -1,6 +1,5 @@
 """The CANN bridge without an NPU: its ops, what it hands over, generation on PyTorch's CPU and a simulated NPU."""
 
-import contextlib
 import dataclasses
 import gc
 import os
@@ -24,7 +23,8 @@ import jsparse
 from cann_bridge import decoder, handover
 from cann_bridge.devices import weight_dtype
 from cann_bridge.ops import ops
-from jsparse.executors import npu as executor
+from jsparse.executors.npu import Npu
+from jsparse.executors.select import make_executor, select_executor
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.weights import Linear
 
@@ -43,16 +43,12 @@ def npu():
     """A simulated NPU, computed on."""
     made = simulated_npu.install()
     made.chip = "910B"
-    with cann_bridge.computing_on("npu"):
-        yield made
+    return made
 
 
-@contextlib.contextmanager
-def loop_on(name: str, monkeypatch):
-    """Generation by `DeviceLoop` on that device of PyTorch's."""
-    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
-    with cann_bridge.computing_on(name):
-        yield
+def on(device: str, *, whole: bool = True) -> Npu:
+    """The executor on that device of PyTorch's."""
+    return Npu(make_executor("cann").host, device, whole)
 
 
 def operands(*, batch=2, width=24, neurons=64, rank=8, dtype=torch.float32):
@@ -114,29 +110,25 @@ def test_a_fixed_number_of_rows_drops_the_lowest_scores():
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_every_way_generates_the_same_tokens(fitted, sparse, monkeypatch):
+def test_every_way_generates_the_same_tokens(fitted, sparse):
     def texts(executor):
         options = {"max_new_tokens": 48, "sparse": sparse, "executor": executor}
         return [jsparse.generate(fitted, prompt, **options) for prompt in (PROMPT, [PROMPT, ">>> 37 + 58\n"])]
 
     expected = texts("xla")
-    with cann_bridge.computing_on("cpu"):
-        assert texts("cann") == expected  # by callback
-    with loop_on("cpu", monkeypatch):
-        assert texts("cann") == expected
+    assert texts(on("cpu", whole=False)) == expected  # by callback
+    assert texts(on("cpu")) == expected
     npu = simulated_npu.install()
-    with loop_on("npu", monkeypatch):
-        assert texts("cann") == expected
+    assert texts(on("npu")) == expected
     assert "replay" in npu.log, "no step ran as a captured graph"
-    if jsparse.executors.select.select_executor().__name__.endswith("cpu"):
+    if select_executor().name == "cpu":
         assert texts("cpu") == expected
 
 
-def test_sampled_tokens_are_those_of_other_executors(fitted, monkeypatch):
+def test_sampled_tokens_are_those_of_other_executors(fitted):
     options = {"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.9, "seed": 3, "stop": "\n\n\n"}
     expected = jsparse.generate(fitted, [PROMPT, "a = "], executor="xla", **options)
-    with loop_on("cpu", monkeypatch):
-        assert jsparse.generate(fitted, [PROMPT, "a = "], executor="cann", **options) == expected
+    assert jsparse.generate(fitted, [PROMPT, "a = "], executor=on("cpu"), **options) == expected
 
 
 @pytest.mark.parametrize(
@@ -150,7 +142,7 @@ def test_sampled_tokens_are_those_of_other_executors(fitted, monkeypatch):
     ids=lambda changes: " ".join(changes),
 )
 @pytest.mark.parametrize("device", ["cpu", "npu"])
-def test_every_part_of_a_decoder(changes, device, monkeypatch):
+def test_every_part_of_a_decoder(changes, device):
     """Biases, a window that the tokens leave, the context's end, an untied head, scalings, an ending token; greedy and
     sampled, with the tokens of XLA."""
     params = random_params(dataclasses.replace(TINY, **changes))
@@ -158,17 +150,15 @@ def test_every_part_of_a_decoder(changes, device, monkeypatch):
     simulated_npu.install()
     for options in ({}, {"temperature": 1.0, "seed": 1}):
         expected = jsparse.generate(params, prompts, max_new_tokens=40, executor="xla", **options)
-        with loop_on(device, monkeypatch):
-            found = jsparse.generate(params, prompts, max_new_tokens=40, executor="cann", **options)
+        found = jsparse.generate(params, prompts, max_new_tokens=40, executor=on(device), **options)
         for one, other in zip(found, expected):
             np.testing.assert_array_equal(one, other)
 
 
-def test_a_sequence_that_ends_before_the_first_step(fitted, monkeypatch):
+def test_a_sequence_that_ends_before_the_first_step(fitted):
     expected = jsparse.generate(fitted, PROMPT, max_new_tokens=40, executor="xla")
     simulated_npu.install()
-    with loop_on("npu", monkeypatch):
-        found = jsparse.generate(fitted, PROMPT, max_new_tokens=40, executor="cann", stop=expected[:1])
+    found = jsparse.generate(fitted, PROMPT, max_new_tokens=40, executor=on("npu"), stop=expected[:1])
     assert found == ""
 
 
@@ -182,8 +172,7 @@ def test_a_chunk_whose_graph_read_too_few_rows_is_done_again(fitted, window, mon
     again = []
     suffice = decoder.Decoder._rows_suffice
     monkeypatch.setattr(decoder.Decoder, "_rows_suffice", lambda self: again.append(suffice(self)) or again[-1])
-    with loop_on("npu", monkeypatch):
-        found = jsparse.generate(model, PROMPT, max_new_tokens=100, executor="cann")
+    found = jsparse.generate(model, PROMPT, max_new_tokens=100, executor=on("npu"))
     assert npu.log.count("replay") > 60
     assert again == [False] * 3
     assert found == expected
@@ -196,38 +185,35 @@ def test_a_chunk_done_again_at_the_context_s_end(monkeypatch):
     expected = jsparse.generate(params, prompts, max_new_tokens=110, executor="xla")
     monkeypatch.setattr(decoder, "_GRAPH_SHARE", 0.3)
     simulated_npu.install()
-    with loop_on("npu", monkeypatch):
-        found = jsparse.generate(params, prompts, max_new_tokens=110, executor="cann")
+    found = jsparse.generate(params, prompts, max_new_tokens=110, executor=on("npu"))
     for one, other in zip(found, expected):
         np.testing.assert_array_equal(one, other)
 
 
-def test_sampling_that_a_stop_string_ends(fitted, npu, monkeypatch):
+def test_sampling_that_a_stop_string_ends(fitted, npu):
     options = {"max_new_tokens": 64, "temperature": 0.8, "seed": 3, "sparse": False, "stop": '"'}
     expected = jsparse.generate(fitted, "def f(x):\n", executor="xla", **options)
-    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
-    assert jsparse.generate(fitted, "def f(x):\n", executor="cann", **options) == expected
+    assert jsparse.generate(fitted, "def f(x):\n", executor=on("npu"), **options) == expected
 
 
 def test_rows_that_a_graph_reads_beyond_the_predicted_are_counted(fitted, npu, monkeypatch):
-    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
     monkeypatch.setattr(decoder, "_GRAPH_SHARE", 1e9)  # all of them
     found = []
-    jsparse.generate(fitted, PROMPT, max_new_tokens=97, executor="cann", on_finish=found.append)
+    jsparse.generate(fitted, PROMPT, max_new_tokens=97, executor=on("npu"), on_finish=found.append)
     rows = fitted.config.num_layers * 3 * fitted.config.intermediate_size
     exact, captured = 32, 64
     assert captured * rows < found[0].rows < (captured + 0.5 * exact) * rows
 
 
 def test_another_bias_is_another_predictor(fitted):
-    with cann_bridge.computing_on("cpu"):
-        predictor = fitted.predictors[0]
-        silent = dataclasses.replace(predictor, bias=jnp.full_like(predictor.bias, -jnp.inf))
-        ffn = executor.place_ffn(fitted.weights.layers[0].ffn)
-        x = jax.random.normal(jax.random.key(0), (1, fitted.config.hidden_size))
-        for given, some in ((predictor, True), (silent, False)):
-            _, counts = executor.sparse_ffn(x, ffn, executor.place_predictor(given), FFNSpec("reglu"))
-            assert (counts[0, 0] > 0) == some
+    predictor = fitted.predictors[0]
+    silent = dataclasses.replace(predictor, bias=jnp.full_like(predictor.bias, -jnp.inf))
+    executor = on("cpu", whole=False)
+    ffn = executor.place_ffn(fitted.weights.layers[0].ffn)
+    x = jax.random.normal(jax.random.key(0), (1, fitted.config.hidden_size))
+    for given, some in ((predictor, True), (silent, False)):
+        _, counts = executor.sparse_ffn(x, ffn, executor.place_predictor(given), FFNSpec("reglu"))
+        assert (counts[0, 0] > 0) == some
 
 
 def test_activations_beyond_float16(npu):
@@ -238,8 +224,7 @@ def test_activations_beyond_float16(npu):
     np.testing.assert_allclose(y, 144.0, rtol=1e-3)
 
 
-def test_logits_that_are_not_finite_are_an_error(npu, monkeypatch):
-    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
+def test_logits_that_are_not_finite_are_an_error(npu):
     params = random_params(TINY)
     # The prompt's own pass, on the host, is sound; the first token that the device reads is not.
     first = int(jsparse.generate(params, np.arange(1, 4), max_new_tokens=1)[0])
@@ -247,14 +232,13 @@ def test_logits_that_are_not_finite_are_an_error(npu, monkeypatch):
     embed = params.weights.embed.at[first].set(jnp.nan)
     broken = dataclasses.replace(params, weights=dataclasses.replace(params.weights, embed=embed))
     with pytest.raises(jsparse.JsparseError, match="executor 'cann': the logits are not finite"):
-        jsparse.generate(broken, np.arange(1, 4), max_new_tokens=8, executor="cann")
+        jsparse.generate(broken, np.arange(1, 4), max_new_tokens=8, executor=on("npu"))
 
 
-def test_weights_cross_once_and_every_operation_is_on_the_device(fitted, npu, monkeypatch):
-    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
-    jsparse.generate(fitted, PROMPT, max_new_tokens=20, executor="cann")
+def test_weights_cross_once_and_every_operation_is_on_the_device(fitted, npu):
+    jsparse.generate(fitted, PROMPT, max_new_tokens=20, executor=on("npu"))
     npu.log.clear()
-    jsparse.generate(fitted, PROMPT, max_new_tokens=20, executor="cann")
+    jsparse.generate(fitted, PROMPT, max_new_tokens=20, executor=on("npu"))
     ffn = fitted.weights.layers[0].ffn.gate.nbytes
     assert max(npu.crossed("to npu")) < ffn
     caches = 2 * fitted.config.num_layers
@@ -263,12 +247,11 @@ def test_weights_cross_once_and_every_operation_is_on_the_device(fitted, npu, mo
     assert sum(npu.crossed("to cpu")) < 2000, "more than tokens and counts came back"
 
 
-def test_by_callback_only_inputs_and_outputs_cross(fitted, npu, monkeypatch):
-    monkeypatch.setattr(executor, "decodes_on_device", lambda: False)
+def test_by_callback_only_inputs_and_outputs_cross(fitted, npu):
     prompt = [1, 2, 3]
-    jsparse.generate(fitted, prompt, max_new_tokens=4, executor="cann")
+    jsparse.generate(fitted, prompt, max_new_tokens=4, executor=on("npu", whole=False))
     npu.log.clear()
-    jsparse.generate(fitted, prompt, max_new_tokens=4, executor="cann")
+    jsparse.generate(fitted, prompt, max_new_tokens=4, executor=on("npu", whole=False))
     prefill = 32 * fitted.config.hidden_size * 4  # the prompt is padded
     assert max(npu.crossed("to npu")) == max(npu.crossed("to cpu")) == prefill
 
@@ -283,20 +266,18 @@ def test_the_simulated_npu_refuses(npu):
 
 def test_a_device_without_bfloat16_and_graphs(fitted, npu, monkeypatch, caplog):
     """Weights and caches are in bfloat16, which the 310P never sees; without graphs the steps go on without them."""
-    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
     params = dataclasses.replace(fitted, weights=jax.tree.map(to_bfloat16, fitted.weights))
     npu.chip = "310P"
-    text = jsparse.generate(params, PROMPT, max_new_tokens=48, executor="cann")
+    text = jsparse.generate(params, PROMPT, max_new_tokens=48, executor=on("npu"))
     assert text.startswith("def read") or len(text) > 40
     assert "captures no graphs: a simulated 310P captures no graphs" in caplog.text
     npu.chip = "910B"
-    assert jsparse.generate(params, PROMPT, max_new_tokens=48, executor="cann") == text
+    assert jsparse.generate(params, PROMPT, max_new_tokens=48, executor=on("npu")) == text
 
 
 @pytest.mark.parametrize("part", ["k", "v"])
-def test_keys_and_values_that_the_device_cannot_hold_are_an_error(part, npu, monkeypatch):
+def test_keys_and_values_that_the_device_cannot_hold_are_an_error(part, npu):
     """The host's bfloat16 cache holds them, the device's float16 does not, and an infinite key leaves no trace."""
-    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
     params = random_params(TINY)
     layer = params.weights.layers[1]
     attention = dataclasses.replace(layer.attention, **{part: Linear(getattr(layer.attention, part).rows * 3e3)})
@@ -304,7 +285,7 @@ def test_keys_and_values_that_the_device_cannot_hold_are_an_error(part, npu, mon
     weights = jax.tree.map(to_bfloat16, weights)
     with pytest.raises(jsparse.JsparseError, match="executor 'cann': the logits are not finite"):
         jsparse.generate(
-            dataclasses.replace(params, weights=weights), np.arange(1, 4), max_new_tokens=8, executor="cann"
+            dataclasses.replace(params, weights=weights), np.arange(1, 4), max_new_tokens=8, executor=on("npu")
         )
 
 
@@ -345,18 +326,16 @@ def test_what_jax_owns_is_borrowed_and_never_written():
     before = np.array(array)
     tensor = handover.resident(array, torch.device("cpu"))
     assert tensor.data_ptr() == array.unsafe_buffer_pointer()
-    with cann_bridge.computing_on("cpu"):
-        handle = cann_bridge.place_ffn(array, array, array, cann_bridge.device())
-        cann_bridge.dense_ffn(jnp.ones((1, 32)), handle, kind="reglu", threshold=0.0).block_until_ready()
+    handle = cann_bridge.place_ffn(array, array, array, cann_bridge.device("cpu"))
+    cann_bridge.dense_ffn(jnp.ones((1, 32)), handle, kind="reglu", threshold=0.0).block_until_ready()
     np.testing.assert_array_equal(array, before)
 
 
 def test_tensors_go_when_their_arrays_go():
     gc.collect()
     before = handover.counts()
-    with cann_bridge.computing_on("cpu"):
-        array = jax.random.normal(jax.random.key(0), (64, 32))
-        handle = cann_bridge.place_ffn(array, array, array, cann_bridge.device())
+    array = jax.random.normal(jax.random.key(0), (64, 32))
+    handle = cann_bridge.place_ffn(array, array, array, cann_bridge.device("cpu"))
     # The matrix, and which handle stands for it three times.
     assert handover.counts() == (before[0] + 2, before[1] + 1)
     del handle, array
@@ -364,12 +343,11 @@ def test_tensors_go_when_their_arrays_go():
     assert handover.counts() == before
 
 
-def test_a_thousand_steps_leave_memory_flat(fitted, npu, monkeypatch):
-    monkeypatch.setattr(executor, "decodes_on_device", lambda: True)
+def test_a_thousand_steps_leave_memory_flat(fitted, npu):
 
     def steps(count):
         for _ in range(count // 50):
-            jsparse.generate(fitted, PROMPT, max_new_tokens=51, executor="cann")
+            jsparse.generate(fitted, PROMPT, max_new_tokens=51, executor=on("npu"))
         npu.log.clear()
         gc.collect()
         return handover.counts(), resident_memory()
@@ -381,27 +359,26 @@ def test_a_thousand_steps_leave_memory_flat(fitted, npu, monkeypatch):
 
 
 def test_a_thousand_callbacks_leave_memory_flat():
-    x, ffn, predictor, spec = small_layer()
+    executor = on("cpu", whole=False)
+    x, ffn, predictor, spec = small_layer(executor)
 
     @jax.jit
     def run(x, count):
         step = lambda _, x: x + 0 * executor.sparse_ffn(x, ffn, predictor, spec)[0]  # noqa: E731
         return jax.lax.fori_loop(0, count, step, x)
 
-    with cann_bridge.computing_on("cpu"):
-        run(x, 200).block_until_ready()
-        held, memory = handover.counts(), resident_memory()
-        run(x, 1000).block_until_ready()
-        assert handover.counts() == held
-        assert resident_memory() - memory < 30e6
+    run(x, 200).block_until_ready()
+    held, memory = handover.counts(), resident_memory()
+    run(x, 1000).block_until_ready()
+    assert handover.counts() == held
+    assert resident_memory() - memory < 30e6
 
 
-def small_layer():
+def small_layer(executor: Npu):
     from test_executors import problem
 
-    with cann_bridge.computing_on("cpu"):
-        x, ffn, predictor = problem(batch=1)
-        return x, executor.place_ffn(ffn), executor.place_predictor(predictor), FFNSpec("reglu")
+    x, ffn, predictor = problem(batch=1)
+    return x, executor.place_ffn(ffn), executor.place_predictor(predictor), FFNSpec("reglu")
 
 
 def resident_memory() -> int:
@@ -410,36 +387,34 @@ def resident_memory() -> int:
 
 
 @pytest.mark.parametrize(("device", "whole"), [("cpu", False), ("cpu", True), ("npu", True)])
-def test_two_threads_at_once(fitted, device, whole, monkeypatch):
+def test_two_threads_at_once(fitted, device, whole):
     simulated_npu.install()
-    monkeypatch.setattr(executor, "decodes_on_device", lambda: whole)
     prompts = [PROMPT, ">>> 37 + 58 - 12\n"]
     expected = [jsparse.generate(fitted, prompt, max_new_tokens=40, executor="xla") for prompt in prompts]
     found: dict[int, list[str]] = {0: [], 1: []}
 
     def work(i):
         for _ in range(3):
-            found[i].append(jsparse.generate(fitted, prompts[i], max_new_tokens=40, executor="cann"))
+            found[i].append(jsparse.generate(fitted, prompts[i], max_new_tokens=40, executor=on(device, whole=whole)))
 
-    with cann_bridge.computing_on(device):
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=120)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
     assert found == {i: [expected[i]] * 3 for i in range(2)}
 
 
-def test_an_exception_in_an_op_reaches_the_caller(monkeypatch):
-    x, ffn, predictor, spec = small_layer()
+def test_an_exception_in_an_op_reaches_the_caller():
+    executor = on("cpu", whole=False)
+    x, ffn, predictor, spec = small_layer(executor)
     run = jax.jit(executor.sparse_ffn, static_argnames="spec")
-    with cann_bridge.computing_on("cpu"):
-        expected = run(x, ffn, predictor, spec=spec)[0]
-        with pytest.raises(jax.errors.JaxRuntimeError, match=r"have shapes .* which do not fit one another"):
-            jax.block_until_ready(run(x[:, :5], ffn, predictor, spec=spec))
-        with pytest.raises(ValueError, match="kind is 'swiglu'; a sparse FFN is reglu"):
-            ops().sparse_reglu_ffn(*operands(), "swiglu")
-        np.testing.assert_array_equal(run(x, ffn, predictor, spec=spec)[0], expected)
+    expected = run(x, ffn, predictor, spec=spec)[0]
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"have shapes .* which do not fit one another"):
+        jax.block_until_ready(run(x[:, :5], ffn, predictor, spec=spec))
+    with pytest.raises(ValueError, match="kind is 'swiglu'; a sparse FFN is reglu"):
+        ops().sparse_reglu_ffn(*operands(), "swiglu")
+    np.testing.assert_array_equal(run(x, ffn, predictor, spec=spec)[0], expected)
 
 
 def test_threads_that_use_the_bridge_first():
@@ -447,13 +422,12 @@ def test_threads_that_use_the_bridge_first():
 import threading, jax.numpy as jnp, cann_bridge
 def work(i):
     w = jnp.ones((8, 4))
-    with_handle = cann_bridge.place_ffn(w, w, w, cann_bridge.device())
+    with_handle = cann_bridge.place_ffn(w, w, w, cann_bridge.device("cpu"))
     results[i] = float(cann_bridge.dense_ffn(jnp.ones((1, 4)), with_handle, kind="reglu", threshold=0.0).sum())
 results = {}
-with cann_bridge.computing_on("cpu"):
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
+threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+[t.start() for t in threads]
+[t.join() for t in threads]
 print(sorted(results.items()))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -20,7 +20,7 @@ from convert import ConversionError, from_huggingface, to_huggingface
 from convert.__main__ import main as convert_main
 from convert.config import read_config
 from convert.config_writer import write_config
-from jsparse.executors import xla
+from jsparse.executors.xla import Xla
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import apply
@@ -33,10 +33,10 @@ IDS = np.random.default_rng(0).integers(0, 64, (1, 24))
 
 def logits(params: jsparse.Params) -> np.ndarray:
     spec = FFNSpec.of(params.config)
-    decoder = Decoder(params.config, xla)
+    decoder = Decoder(params.config, Xla())
     ids, positions = jnp.asarray(IDS, jnp.int32), jnp.arange(IDS.shape[1])[None]
     return np.asarray(
-        apply(decoder, params.weights, ids, positions, lambda layer, x, ffn: (xla.dense_ffn(x, ffn, spec), None))[0]
+        apply(decoder, params.weights, ids, positions, lambda layer, x, ffn: (Xla().dense_ffn(x, ffn, spec), None))[0]
     )
 
 

@@ -12,7 +12,8 @@ import pytest
 
 import cpu_kernels
 import jsparse
-from jsparse.executors import select, xla
+from jsparse.executors import select
+from jsparse.executors.xla import Xla
 
 ROOT = Path(__file__).parent.parent
 needs_native = pytest.mark.skipif(
@@ -100,12 +101,15 @@ import hashlib, jax, jax.numpy as jnp, numpy as np
 import cpu_kernels, jsparse
 from jsparse.predictors.texts import default_texts
 from test_executors import problem
-from jsparse.executors import cpu
+from jsparse.executors.kernels import KernelExecutor
 from jsparse.model.ffn import FFNSpec
+from jsparse.model.weights import Linear
+cpu = KernelExecutor("cpu")
 parts = [cpu_kernels.num_threads() * 0]
 for storage in ("float32", "bfloat16", "int8"):
     x, ffn, predictor = problem(storage=storage, bits=4, width=200, neurons=900, rank=60)
-    parts += [*cpu.sparse_ffn(x, ffn, predictor, FFNSpec()), cpu.dense_ffn(x, ffn, FFNSpec()), cpu.linear(x, ffn.gate)]
+    parts += [*cpu.sparse_ffn(x, ffn, predictor, FFNSpec()), cpu.dense_ffn(x, ffn, FFNSpec())]
+    parts += cpu.project(x, [Linear(ffn.gate)])
     parts.append(cpu.dense_ffn(jnp.tile(x, (20, 1)), ffn, FFNSpec()))
 print(int(cpu_kernels.num_threads()), hashlib.sha256(b"".join(np.asarray(p).tobytes() for p in parts)).hexdigest())
 """
@@ -167,7 +171,7 @@ def test_without_the_extension_xla_is_used_and_a_line_says_so(monkeypatch, caplo
     monkeypatch.setattr(cpu_kernels, "_MISSING", "it was not built", raising=False)
     select.first_available.cache_clear()
     try:
-        assert select.select_executor() is xla
+        assert select.select_executor() == Xla()
         (record,) = caplog.records
         assert record.message.startswith("executor: xla; cuda cannot run here: ")
         assert record.message.endswith("; cpu cannot run here: the native extension is missing: it was not built")

@@ -1,6 +1,6 @@
 """One suite for every FFN executor: the function of the float64 oracle, on the executor's own path."""
 
-import importlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ import oracle
 import pytest
 import simulated_npu
 
-import cann_bridge
 from jsparse.arrays import QuantizedRows, quantize_rows
-from jsparse.executors.select import EXECUTORS, select_executor
+from jsparse.executors.npu import Npu
+from jsparse.executors.select import EXECUTORS, make_executor, select_executor, unavailable
 from jsparse.model.ffn import FFNSpec
-from jsparse.model.weights import FFNWeights, Predictor
+from jsparse.model.weights import FFNWeights, Linear, Predictor
 
 SPECS = [
     FFNSpec(kind, threshold, pipeline)
@@ -36,25 +36,30 @@ STAND_INS = {"cuda, interpreted": None, "cann, on PyTorch's CPU": "cpu", "cann, 
 def executor(request):
     """Every executor that can run here, and those that need a device interpreted or on a stand-in for it."""
     name = request.param.partition(",")[0]
-    module = importlib.import_module(EXECUTORS[name])
-    reason = module.unavailable()
+    reason = unavailable(name)
     if request.param not in STAND_INS:
-        yield pytest.skip(f"executor {name}: {reason}") if reason else select_executor(name)
-    elif reason is None:
+        if reason:
+            pytest.skip(f"executor {name}: {reason}")
+        return by_callback(select_executor(name))
+    if reason is None:
         pytest.skip(f"executor {name} runs here itself")
-    elif device := STAND_INS[request.param]:
+    executor = by_callback(make_executor(name))
+    if device := STAND_INS[request.param]:
         simulated_npu.install()
-        with cann_bridge.computing_on(device):
-            yield module
-    else:
-        yield module
+        executor = dataclasses.replace(executor, device=device)
+    return executor
+
+
+def by_callback(executor):
+    """The executor that has FFNs to call: an NPU's, which else takes the whole loop."""
+    return dataclasses.replace(executor, whole=False) if isinstance(executor, Npu) else executor
 
 
 def tolerance(executor, storage: str) -> float:
     """Of an FFN's output whose weights are stored so."""
-    if not hasattr(executor, "place_ffn") or storage == "float32":
+    if not isinstance(executor, Npu) or storage == "float32":
         return TOLERANCE
-    return TOLERANCE if storage == "int8" and cann_bridge.device().type == "cpu" else ROUNDED
+    return TOLERANCE if storage == "int8" and executor.device == "cpu" else ROUNDED
 
 
 def storage_of(matrix) -> str:
@@ -62,7 +67,7 @@ def storage_of(matrix) -> str:
 
 
 def sparse_ffn(executor, x, ffn, predictor, spec):
-    if hasattr(executor, "place_ffn"):
+    if isinstance(executor, Npu):
         ffn, predictor = executor.place_ffn(ffn), executor.place_predictor(predictor)
     return jax.jit(executor.sparse_ffn, static_argnames="spec")(x, ffn, predictor, spec=spec)
 
@@ -134,7 +139,7 @@ def test_dense_ffn_is_the_ffn_of_all_neurons(executor, kind, storage, tokens):
     spec = FFNSpec(kind, 0.3 if kind == "fatrelu" else 0.0)
     expected, _ = oracle.ffn(x, ffn, None, spec)
     allowed = tolerance(executor, storage)
-    if hasattr(executor, "place_ffn"):
+    if isinstance(executor, Npu):
         ffn = executor.place_ffn(ffn)
     y = executor.dense_ffn(x.reshape(*tokens, -1), ffn, spec)
     assert y.shape == (*tokens, x.shape[-1])
@@ -144,22 +149,27 @@ def test_dense_ffn_is_the_ffn_of_all_neurons(executor, kind, storage, tokens):
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "int8", "int4"])
 @pytest.mark.parametrize(("tokens", "width"), [((), 96), ((1,), 33), ((8,), 96), ((2, 40), 31), ((600,), 96)])
-def test_linear(executor, storage, tokens, width):
+def test_project(executor, storage, tokens, width):
     count = int(np.prod(tokens))
     x, ffn, _ = problem(batch=count, width=width, storage="float32" if storage == "int4" else storage)
     weights = [quantize_rows(m, 4) if storage == "int4" else m for m in (ffn.gate, ffn.up)]
-    outs = executor.linears(x.reshape(*tokens, width), weights)
-    for weight, out in zip(weights, (*outs[:1], executor.linear(x.reshape(*tokens, width), weights[1]))):
-        expected = (np.asarray(x, np.float64) @ oracle.matrix(weight).T).reshape(*tokens, -1)
+    bias = jnp.arange(ffn.gate.shape[0], dtype=jnp.float32) / 64
+    first, second = map(Linear, weights)
+    with_bias = dataclasses.replace(second, bias=bias)
+    outs = executor.project(x.reshape(*tokens, width), [first, with_bias])
+    outs = (*outs, *executor.project(x.reshape(*tokens, width), [second]))
+    for linear, out in zip((first, with_bias, second), outs):
+        expected = np.asarray(x, np.float64) @ oracle.matrix(linear.rows).T
+        expected = (expected + (0 if linear.bias is None else np.asarray(bias))).reshape(*tokens, -1)
         np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "int8", "int4"])
 @pytest.mark.parametrize("width", [96, 31])
-def test_take_rows(executor, storage, width):
+def test_rows(executor, storage, width):
     _, ffn, _ = problem(width=width, storage="float32" if storage == "int4" else storage)
     matrix = quantize_rows(ffn.gate, 4) if storage == "int4" else ffn.gate
-    found = jax.jit(executor.take_rows)(matrix, jnp.asarray([7, 0, 299, 7, 300, 2**31 - 1], jnp.int32))
+    found = jax.jit(executor.rows)(matrix, jnp.asarray([7, 0, 299, 7, 300, 2**31 - 1], jnp.int32))
     expected = np.concatenate([oracle.matrix(matrix)[[7, 0, 299, 7]], np.zeros((2, width))])
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 

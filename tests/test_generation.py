@@ -20,7 +20,7 @@ import jsparse
 from convert import from_huggingface
 from jsparse.decoding.loop import decode_chunk, prefill
 from jsparse.decoding.sampling import sample
-from jsparse.executors import xla
+from jsparse.executors.xla import Xla
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import apply
@@ -129,7 +129,7 @@ def naive(params: jsparse.Params, prompt: np.ndarray, steps: int) -> tuple[np.nd
             y, found = restricted(x[0], ffn, predictor, (at >= len(prompt)) & (at < position))
             return y[None], found
 
-        decoder = Decoder(config, xla)
+        decoder = Decoder(config, Xla())
         last = position[None] - 1
         logits, _, found = apply(decoder, params.weights, tokens[None], at[None], feed_forward, last=last)
         return jnp.argmax(logits[0]), jnp.stack(found)

@@ -22,7 +22,8 @@ from tokenizer_files import LLAMA, byte_fallback, byte_level, write_scripted, wr
 import convert
 import jsparse
 from jsparse.decoding import loop
-from jsparse.decoding.loop import Decoding, Sampling
+from jsparse.decoding.loop import Decoding
+from jsparse.decoding.sampling import Sampling
 from jsparse.executors.select import select_executor
 from jsparse.predictors.texts import read_prompts
 
@@ -66,7 +67,7 @@ def test_the_cache_keeps_16_bits_where_they_hold_what_is_computed(scale, dtype, 
     decoding = Decoding(
         params, [PROMPT], sampling, max_new_tokens=4, seed=0, executor=select_executor("xla"), sparse=False
     )
-    assert {str(side.dtype) for cache in decoding._state.caches for side in cache} == {dtype}
+    assert {str(side.dtype) for cache in decoding._loop._state.caches for side in cache} == {dtype}
 
 
 def overflowing(layer: int, at: int) -> jsparse.Params:

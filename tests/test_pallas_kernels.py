@@ -16,10 +16,11 @@ import pytest
 
 import jsparse
 import pallas_kernels
-from jsparse.executors import cuda
+from jsparse.executors.kernels import KernelExecutor
 from pallas_kernels import tune
 from pallas_kernels.tiles import DEFAULTS, Tiles, choose
 
+CUDA = KernelExecutor("cuda")
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -118,14 +119,13 @@ PROMPT = "def read(self, size):\n"
 @pytest.mark.parametrize("sparse", [False, True])
 def test_generation_with_interpreted_kernels(fitted, sparse, monkeypatch):
     """The whole decode loop on the CUDA executor gives the tokens that XLA's gives."""
-    if cuda.unavailable() is None:
+    if pallas_kernels.unavailable() is None:
         pytest.skip("the kernels are compiled here")
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
     options = {"max_new_tokens": 12, "sparse": sparse}
-    texts = [jsparse.generate(fitted, PROMPT, executor=executor, **options) for executor in ("cuda", "xla")]
+    texts = [jsparse.generate(fitted, PROMPT, executor=executor, **options) for executor in (CUDA, "xla")]
     assert texts[0] == texts[1]
     prompts = [PROMPT, ">>> 37 + 58\n"]
-    batches = [jsparse.generate(fitted, prompts, executor=executor, **options) for executor in ("cuda", "xla")]
+    batches = [jsparse.generate(fitted, prompts, executor=executor, **options) for executor in (CUDA, "xla")]
     assert batches[0] == batches[1]
 
 

@@ -7,7 +7,7 @@ import torch
 from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, ROWS
 
 from convert import from_huggingface, to_huggingface
-from jsparse.executors import xla
+from jsparse.executors.xla import Xla
 from jsparse.model.decoder import Decoder
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import apply
@@ -20,10 +20,10 @@ TOLERANCE = 1e-4
 def logits_of(params: Params, ids: np.ndarray) -> np.ndarray:
     """Logits (B, T, V) of our decoder, through the reference executor."""
     spec = FFNSpec.of(params.config)
-    decoder = Decoder(params.config, xla)
+    decoder = Decoder(params.config, Xla())
 
     def feed_forward(layer, x, ffn):
-        return xla.dense_ffn(x, ffn, spec), None
+        return Xla().dense_ffn(x, ffn, spec), None
 
     logits, _, _ = apply(decoder, params.weights, ids, np.arange(ids.shape[1])[None], feed_forward)
     return np.asarray(logits)

@@ -6,10 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jsparse.decoding.loop import CHUNK, Decoding, Sampling
+from jsparse.decoding.loop import CHUNK, Decoding
+from jsparse.decoding.sampling import Sampling
 from jsparse.decoding.statistics import PAD, Statistics
 from jsparse.errors import JsparseError
 from jsparse.executors.select import select_executor
+from jsparse.model.executor import Executor
 from jsparse.model.weights import Params, check_params
 from jsparse.options import check_callback, check_flag, is_whole, read_number, read_whole
 from jsparse.settings import each_with_own_settings, own_settings
@@ -30,7 +32,7 @@ def generate(
     stop: str | Sequence[str] | None = None,
     tools: Sequence[Any] | None = None,
     stream: bool = False,
-    executor: str = "auto",
+    executor: str | Executor = "auto",
     sparse: bool | None = None,
     pipeline: str = "sequential",
     on_finish: Callable[[Statistics], None] | None = None,
@@ -50,7 +52,7 @@ def generate(
         completion itself never shows.
       tools: for chats: JSON schemas or Python functions that the chat template tells the model of.
       stream: return an iterator over pieces of the completion of a single prompt.
-      executor: auto, or a name of `jsparse.executors.select.EXECUTORS`.
+      executor: auto, a name of `jsparse.executors.select.EXECUTORS`, or an `Executor`.
       sparse: True demands fitted predictors, False decodes densely, None is sparse when fitted.
       pipeline: sequential or parallel (see `jsparse.model.ffn.FFNSpec`).
       on_finish: called with the generation's `Statistics` when it has ended.
@@ -82,8 +84,8 @@ def generate(
         raise JsparseError(f"stream=True takes a single prompt; {len(prompts)} were given")
     if not is_whole(max_new_tokens) or max_new_tokens < 1:
         raise JsparseError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1")
-    if not isinstance(executor, str):
-        raise JsparseError(f"executor is {executor!r}; it must be auto or the name of one")
+    if not isinstance(executor, str | Executor):
+        raise JsparseError(f"executor is {executor!r}; it must be auto, the name of one, or an executor")
     if pipeline not in ("sequential", "parallel"):
         raise JsparseError(f"pipeline is {pipeline!r}; it must be sequential or parallel")
     if sparse and params.predictors is None:

@@ -1,23 +1,23 @@
-"""Decoding: dense prefill, one sparse step, and the jitted loop that runs many of them."""
+"""Decoding: a dense pass over the prompts, and the jitted loop that runs many sparse steps."""
 
 import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.decoding.sampling import greedy, sample
+from jsparse.decoding.forward import Model, decode_step
+from jsparse.decoding.sampling import Sampling, greedy, sample
 from jsparse.decoding.statistics import PAD, Statistics
 from jsparse.errors import JsparseError
 from jsparse.model.attention import KVCache, fill_cache
-from jsparse.model.config import ModelConfig
 from jsparse.model.decoder import Decoder
+from jsparse.model.executor import Executor
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import apply
 from jsparse.model.weights import Params, Weights
@@ -27,61 +27,6 @@ CHUNK = 32
 """Most decode steps per call of the jitted loop."""
 _HEADROOM = 4
 """Times the largest key or value of the prompts that a cache must hold."""
-_COLDEST = 1e-30
-"""Temperatures below are greedy: float32 has no room for the quotient."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """What a decode step needs besides arrays; static under jit."""
-
-    config: ModelConfig
-    executor: ModuleType
-    spec: FFNSpec
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("temperature", "top_k", "top_p", "eos_ids"),
-    meta_fields=("is_greedy",),
-)
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; only `is_greedy` is static, so other values compile nothing.
-
-    Attributes:
-      temperature, top_k, top_p: as in `jsparse.decoding.sampling.sample`.
-      eos_ids: (n,) int32, tokens that end a sequence.
-      is_greedy: take the most likely token.
-    """
-
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    eos_ids: Int[Array, "n"]
-    is_greedy: bool
-
-    @classmethod
-    def create(
-        cls, config: ModelConfig, *, temperature: float = 0.0, top_k: int | None = None, top_p: float = 1.0
-    ) -> "Sampling":
-        """Raises: JsparseError: a value is out of range; all are listed."""
-        problems = []
-        if not 0 <= temperature < float("inf"):
-            problems.append(f"temperature is {temperature} and must be at least 0")
-        if top_k is not None and top_k < 1:
-            problems.append(f"top_k is {top_k} and must be at least 1, a whole number")
-        if not 0 < top_p <= 1:
-            problems.append(f"top_p is {top_p} and must be greater than 0 and at most 1")
-        if problems:
-            raise JsparseError("; ".join(problems))
-        return cls(
-            jnp.float32(temperature),
-            jnp.int32(min(top_k or config.vocab_size, config.vocab_size)),
-            jnp.float32(top_p),
-            jnp.asarray(config.eos_token_ids, jnp.int32),
-            temperature < _COLDEST,
-        )
 
 
 @partial(
@@ -140,32 +85,6 @@ def prefill(
     is_prompt = (jnp.arange(tokens.shape[1]) < lengths[:, None])[:, :, None, None]
     largest = jnp.max(jnp.stack([jnp.max(jnp.where(is_prompt, jnp.abs(s), 0)) for pair in keys_values for s in pair]))
     return DecodeState(caches, token, lengths, ends, _are_finite(logits), keys), largest
-
-
-def decode_step(
-    weights: Weights,
-    predictors: tuple[Any, ...] | None,
-    token: Int[Array, "B"],
-    position: Int[Array, "B"],
-    caches: tuple[KVCache, ...],
-    model: Model,
-) -> tuple[Float[Array, "B V"], tuple[KVCache, ...], Int[Array, "L B 2"]]:
-    """Feed one token per sequence: logits for the next, the caches grown by it, and the executors' neuron counts.
-
-    Weights and predictors are those of `Params`, or what the executor's `place` made of them. Without predictors the
-    FFN is dense and the counts are zero.
-    """
-
-    def feed_forward(layer, x, ffn):
-        x = x[:, 0]
-        if predictors is None:
-            return model.executor.dense_ffn(x, ffn, model.spec)[:, None], jnp.zeros((x.shape[0], 2), jnp.int32)
-        y, counts = model.executor.sparse_ffn(x, ffn, predictors[layer], model.spec)
-        return y[:, None], counts
-
-    decoder = Decoder(model.config, model.executor)
-    logits, caches, counts = apply(decoder, weights, token[:, None], position[:, None], feed_forward, caches=caches)
-    return logits[:, 0], caches, jnp.stack(counts)
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -244,6 +163,59 @@ def bucket(length: int) -> int:
     return max(32, 1 << (length - 1).bit_length())
 
 
+class JittedLoop:
+    """The decode loop in JAX: chunks of `decode_chunk` over one state."""
+
+    def __init__(
+        self, model: Model, weights: Weights, predictors: tuple[Any, ...] | None, state: DecodeState, sampling: Sampling
+    ):
+        """weights and predictors as the executor's `place` made them, and the state after the prompts."""
+        self._model, self._sampling = model, sampling
+        self._weights, self._predictors, self._state = weights, predictors, state
+        self._position = np.asarray(state.position).astype(np.int64)
+
+    @property
+    def finished(self) -> np.ndarray:
+        """(B,) sequences that have ended."""
+        return np.asarray(self._state.finished)
+
+    def finish(self, rows: np.ndarray) -> None:
+        """Mark sequences (B,) as ended."""
+        self._state = dataclasses.replace(self._state, finished=self._state.finished | jnp.asarray(rows))
+
+    def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray, None]:
+        """As `DecodeLoop.advance`."""
+        self._state, tokens, counts = decode_chunk(
+            self._weights, self._predictors, self._state, self._sampling, jnp.int32(steps), model=self._model
+        )
+        tokens = np.asarray(tokens)[:, :steps]
+        self._position = self._position + (tokens != PAD).sum(axis=1)
+        return tokens, np.asarray(counts), None
+
+    def check(self, ended: np.ndarray | bool = False) -> None:
+        """As `DecodeLoop.check`; the message names the layer where that begins, if a cache shows it."""
+        check_finite(self._state, self._position, ended)
+
+
+def check_finite(state: DecodeState, position: np.ndarray, ended: np.ndarray | bool = False) -> None:
+    """Raises: JsparseError: keys, values or logits of a sequence that has not `ended` (B,) were not finite at its
+    position (B,); the message names the layer where that begins, if a cache shows it."""
+    failed = ~np.asarray(state.finite) & ~np.asarray(ended)
+    if not failed.any():
+        return
+    number = int(np.argmax(failed))
+    damaged = [any(not jnp.isfinite(side[number]).all() for side in cache) for cache in state.caches]
+    found = "the keys and values of all layers are finite, so this begins behind the last attention"
+    if any(damaged):
+        found = f"keys and values are not finite from layer {damaged.index(True)} on"
+    dtype = state.caches[0][0].dtype
+    advice = "check its weights" if dtype == jnp.float32 else "load the model with dtype='float32'"
+    raise JsparseError(
+        f"sequence {number}: keys, values or logits at position {position[number]} are not finite; {found} "
+        f"(cache in {dtype}): {advice}"
+    )
+
+
 class Decoding:
     """A batch of prompts being decoded: prefilled when made, advanced by `advance`."""
 
@@ -255,19 +227,17 @@ class Decoding:
         *,
         max_new_tokens: int,
         seed: int,
-        executor: ModuleType,
+        executor: Executor,
         sparse: bool,
         pipeline: str = "sequential",
     ):
         """Prompts are lists of ids, none empty, each shorter than the context; see `jsparse.generate` for the rest."""
         config = params.config
+        if reason := executor.refuses(config):
+            raise JsparseError(f"executor {executor.name!r} cannot run this model: {reason}")
         self.model = Model(config, executor, FFNSpec.of(config, pipeline))
         self.sampling = sampling
-        self._weights = params.weights
-        self._predictors = params.predictors if sparse else None
-        on_device = hasattr(executor, "DeviceLoop") and executor.decodes_on_device()
-        if hasattr(executor, "place") and not on_device:
-            self._weights, self._predictors = executor.place(self._weights, self._predictors)
+        self._weights, predictors = executor.place(params.weights, params.predictors if sparse else None)
         longest = max(map(len, prompts))
         self._room = np.array([config.context_length - len(prompt) for prompt in prompts])
         self._produced, self._last = np.zeros(len(prompts), np.int64), np.zeros(len(prompts), np.int64)
@@ -279,20 +249,16 @@ class Decoding:
         for row, prompt in zip(tokens, prompts):
             row[: len(prompt)] = prompt
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
-        lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+        lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
         counts = np.zeros((config.num_layers, 2), np.int64)
         self.statistics = Statistics(3 * config.intermediate_size, pipeline, sparse, counts)
-        self._loop = None
         begun = time.perf_counter()
-        self._state = self._prefill(tokens, lengths, keys, slots)
-        self.check_finite()
-        self._first = np.asarray(self._state.token)
-        if on_device:
-            choose = None if sampling.is_greedy else partial(_choose_jit, sampling=sampling)
-            self._loop = executor.DeviceLoop(
-                config, self.model.spec, self._weights, self._predictors, self._state, choose, CHUNK
-            )
-            self._state = dataclasses.replace(self._state, caches=())
+        state = self._prefill(tokens, jnp.asarray(lengths), keys, slots)
+        check_finite(state, lengths - 1)
+        self._first = np.asarray(state.token)
+        choose = None if sampling.is_greedy else partial(_choose_jit, sampling=sampling)
+        own = executor.loop(config, self.model.spec, self._weights, predictors, state, choose, CHUNK)
+        self._loop = own or JittedLoop(self.model, self._weights, predictors, state, sampling)
         self.statistics.prefill_seconds = time.perf_counter() - begun
 
     def _prefill(self, tokens, lengths, keys, slots: int) -> DecodeState:
@@ -305,28 +271,13 @@ class Decoding:
             state, _ = run(cache_dtype="float32")
         return state
 
-    def check_finite(self, ended: np.ndarray | bool = False) -> None:
-        """Raises: JsparseError: keys, values or logits of a sequence that has not `ended` (B,) were not finite; the
-        message names the layer where that begins, if a cache shows it."""
-        failed = ~np.asarray(self._state.finite) & ~np.asarray(ended)
-        if self._loop or not failed.any():
-            return
-        number = int(np.argmax(failed))
-        damaged = [any(not jnp.isfinite(side[number]).all() for side in cache) for cache in self._state.caches]
-        where = "the keys and values of all layers are finite, so this begins behind the last attention"
-        if any(damaged):
-            where = f"keys and values are not finite from layer {damaged.index(True)} on"
-        dtype = self._state.caches[0][0].dtype
-        position = self.model.config.context_length - self._room[number] + self._produced[number] - 1
-        advice = "check its weights" if dtype == jnp.float32 else "load the model with dtype='float32'"
-        raise JsparseError(
-            f"sequence {number}: keys, values or logits at position {position} are not finite; {where} "
-            f"(cache in {dtype}): {advice}"
-        )
+    def check_finite(self, ended: np.ndarray) -> None:
+        """As `DecodeLoop.check`."""
+        self._loop.check(ended)
 
     @property
     def done(self) -> bool:
-        return self.remaining <= 0 or bool(np.all(self._loop.finished if self._loop else self._state.finished))
+        return self.remaining <= 0 or bool(np.all(self._loop.finished))
 
     @property
     def cut(self) -> np.ndarray:
@@ -350,22 +301,12 @@ class Decoding:
         """Decode up to max_steps tokens per sequence, (B, steps), PAD where a sequence had ended."""
         steps = min(max_steps, self.remaining, CHUNK)
         begun = time.perf_counter()
-        fixed = None
-        if self._loop:
-            tokens, counts, fixed = self._loop.advance(steps)
-        else:
-            self._state, tokens, counts = decode_chunk(
-                self._weights, self._predictors, self._state, self.sampling, jnp.int32(steps), model=self.model
-            )
-        tokens = np.asarray(tokens)
+        tokens, counts, fixed = self._loop.advance(steps)
         self.statistics.decode_seconds += time.perf_counter() - begun
-        self.statistics.add(tokens, np.asarray(counts), fixed)
+        self.statistics.add(tokens, counts, fixed)
         self.remaining -= steps
-        return self._count(tokens[:, :steps])
+        return self._count(tokens)
 
     def finish(self, rows: np.ndarray) -> None:
         """Mark sequences (B,) as ended, whatever they would have said next."""
-        if self._loop:
-            self._loop.finish(rows)
-            return
-        self._state = dataclasses.replace(self._state, finished=self._state.finished | jnp.asarray(rows))
+        self._loop.finish(rows)

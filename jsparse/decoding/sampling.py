@@ -1,9 +1,61 @@
 """Choosing the next token from logits."""
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
+from jsparse.errors import JsparseError
+from jsparse.model.config import ModelConfig
 from jsparse.typing import Array, Float, Int, Shaped
+
+_COLDEST = 1e-30
+"""Temperatures below are greedy: float32 has no room for the quotient."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("temperature", "top_k", "top_p", "eos_ids"),
+    meta_fields=("is_greedy",),
+)
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; only `is_greedy` is static, so other values compile nothing.
+
+    Attributes:
+      temperature, top_k, top_p: as in `jsparse.decoding.sampling.sample`.
+      eos_ids: (n,) int32, tokens that end a sequence.
+      is_greedy: take the most likely token.
+    """
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    eos_ids: Int[Array, "n"]
+    is_greedy: bool
+
+    @classmethod
+    def create(
+        cls, config: ModelConfig, *, temperature: float = 0.0, top_k: int | None = None, top_p: float = 1.0
+    ) -> "Sampling":
+        """Raises: JsparseError: a value is out of range; all are listed."""
+        problems = []
+        if not 0 <= temperature < float("inf"):
+            problems.append(f"temperature is {temperature} and must be at least 0")
+        if top_k is not None and top_k < 1:
+            problems.append(f"top_k is {top_k} and must be at least 1, a whole number")
+        if not 0 < top_p <= 1:
+            problems.append(f"top_p is {top_p} and must be greater than 0 and at most 1")
+        if problems:
+            raise JsparseError("; ".join(problems))
+        return cls(
+            jnp.float32(temperature),
+            jnp.int32(min(top_k or config.vocab_size, config.vocab_size)),
+            jnp.float32(top_p),
+            jnp.asarray(config.eos_token_ids, jnp.int32),
+            temperature < _COLDEST,
+        )
 
 
 def greedy(logits: Float[Array, "B V"]) -> Int[Array, "B"]:

@@ -1,14 +1,13 @@
 """The CANN executor: the FFN, or the whole decode step, on an Ascend NPU through torch_npu.
 
 Inside jitted JAX the FFN alone is computed on the device, by callback, on weights that `place` put there; the rest of
-the step is the host's executor's. `DeviceLoop` is the fast way: the whole decode loop on the device.
+the step is the host's executor's. `NpuLoop` is the fast way: the whole decode loop on the device.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -16,30 +15,14 @@ import numpy as np
 
 from jsparse.arrays import Matrix
 from jsparse.errors import JsparseError
-from jsparse.executors import cpu, xla
-from jsparse.executors.operands import flat, operand, operands
+from jsparse.executors.kernels import flat, operand, operands
 from jsparse.model.attention import KVCache
 from jsparse.model.config import ModelConfig
+from jsparse.model.executor import Executor, Split
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import rope_frequencies
-from jsparse.model.weights import FFNWeights, Layer, Predictor, Weights
+from jsparse.model.weights import FFNWeights, Layer, Linear, Predictor, Weights
 from jsparse.typing import Array, Float, Int
-
-
-def unavailable() -> str | None:
-    """Why this executor cannot run here, or None."""
-    import cann_bridge
-
-    if jax.default_backend() != "cpu":
-        return f"arrays cross to the NPU from a CPU, and JAX computes on {jax.default_backend()}; set JAX_PLATFORMS=cpu"
-    return cann_bridge.unavailable()
-
-
-def decodes_on_device() -> bool:
-    """Whether generation takes `DeviceLoop`: on an NPU. On PyTorch's CPU, which is for comparisons, it does not."""
-    import cann_bridge
-
-    return cann_bridge.device().type != "cpu"
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("handle",), meta_fields=())
@@ -50,82 +33,117 @@ class Placed:
     handle: Int[Array, ""]
 
 
-def place(weights: Weights, predictors: tuple[Predictor, ...] | None) -> tuple[Weights, Any]:
-    """The weights and predictors of a model with the FFNs' ones on the device."""
-    layers = tuple(dataclasses.replace(layer, ffn=place_ffn(layer.ffn)) for layer in weights.layers)
-    return dataclasses.replace(weights, layers=layers), predictors and tuple(map(place_predictor, predictors))
+@dataclasses.dataclass(frozen=True)
+class Npu:
+    """An Ascend NPU beside the host that JAX computes on.
+
+    Attributes:
+      host: the executor of what stays on the host: the prompts' own pass, and by callback all but the FFN.
+      device: PyTorch's name of the device: `npu`, or `cpu` for comparisons without one.
+      whole: whether the device takes over the whole decode loop; else only FFNs are computed there, by callback.
+      name: of the executor.
+    """
+
+    host: Executor
+    device: str = "npu"
+    whole: bool = True
+    name: str = "cann"
+
+    @property
+    def _device(self):
+        import cann_bridge
+
+        return cann_bridge.device(self.device)
+
+    def refuses(self, config: ModelConfig) -> str | None:
+        """As `Executor.refuses`: the decoder on the device follows every model that there is a config for."""
+        return self.host.refuses(config)
+
+    def place(self, weights: Weights, predictors: tuple[Predictor, ...] | None) -> tuple[Weights, Any]:
+        """As `Executor.place`: FFNs and predictors on the device, unless the whole loop goes there later."""
+        if self.whole:
+            return weights, predictors
+        layers = tuple(dataclasses.replace(layer, ffn=self.place_ffn(layer.ffn)) for layer in weights.layers)
+        placed = predictors and tuple(map(self.place_predictor, predictors))
+        return dataclasses.replace(weights, layers=layers), placed
+
+    def place_ffn(self, ffn: FFNWeights) -> Placed:
+        """An FFN on the device."""
+        import cann_bridge
+
+        with _as_user_error():
+            return Placed(cann_bridge.place_ffn(*operands(ffn), self._device))
+
+    def place_predictor(self, predictor: Predictor) -> Placed:
+        """A predictor on the device."""
+        import cann_bridge
+
+        factors = operand(predictor.a), operand(predictor.b), predictor.bias
+        with _as_user_error():
+            return Placed(cann_bridge.place_predictor(*factors, predictor.a.shape[1], self._device))
+
+    def rows(self, matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:
+        """As `Executor.rows`, on the host."""
+        return self.host.rows(matrix, indices)
+
+    def project(
+        self, x: Float[Array, "... D"], linears: Sequence[Linear], split: Split = "out"
+    ) -> tuple[Float[Array, "... out"], ...]:
+        """As `Executor.project`, on the host."""
+        return self.host.project(x, linears, split)
+
+    def dense_ffn(self, x: Float[Array, "... D"], ffn: FFNWeights | Placed, spec: FFNSpec) -> Float[Array, "... D"]:
+        """As `Executor.dense_ffn`: on the device where the weights are placed there, else on the host (a prefill)."""
+        import cann_bridge
+
+        if not isinstance(ffn, Placed):
+            return self.host.dense_ffn(x, ffn, spec)
+        return cann_bridge.dense_ffn(flat(x), ffn.handle, kind=spec.kind, threshold=spec.threshold).reshape(x.shape)
+
+    def sparse_ffn(
+        self, x: Float[Array, "B D"], ffn: Placed, predictor: Placed, spec: FFNSpec
+    ) -> tuple[Float[Array, "B D"], Int[Array, "B 2"]]:
+        """As `Executor.sparse_ffn`, on the device."""
+        import cann_bridge
+
+        return cann_bridge.sparse_ffn(
+            x,
+            ffn.handle,
+            predictor.handle,
+            kind=spec.kind,
+            threshold=spec.threshold,
+            parallel=spec.pipeline == "parallel",
+        )
+
+    def attend(
+        self,
+        q: Float[Array, "B N H"],
+        k: Float[Array, "B K H"],
+        v: Float[Array, "B K H"],
+        position: Int[Array, "B"],
+        cache: KVCache,
+        window: int | None,
+    ) -> tuple[Float[Array, "B N H"], KVCache]:
+        """As `Executor.attend`, on the host."""
+        return self.host.attend(q, k, v, position, cache, window)
+
+    def loop(
+        self,
+        config: ModelConfig,
+        spec: FFNSpec,
+        weights: Weights,
+        predictors: tuple[Any, ...] | None,
+        state: Any,
+        choose: Callable | None,
+        chunk: int,
+    ) -> "NpuLoop | None":
+        """As `Executor.loop`: the device's own, if it takes the whole."""
+        if not self.whole:
+            return None
+        return NpuLoop(config, spec, weights, predictors, state, choose, chunk, self._device)
 
 
-def place_ffn(ffn: FFNWeights) -> Placed:
-    """An FFN on the device."""
-    import cann_bridge
-
-    with _as_user_error():
-        return Placed(cann_bridge.place_ffn(*operands(ffn), cann_bridge.device()))
-
-
-def place_predictor(predictor: Predictor) -> Placed:
-    """A predictor on the device."""
-    import cann_bridge
-
-    factors = operand(predictor.a), operand(predictor.b), predictor.bias
-    with _as_user_error():
-        return Placed(cann_bridge.place_predictor(*factors, predictor.a.shape[1], cann_bridge.device()))
-
-
-def take_rows(matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:
-    """Rows of the matrix in float32, on the host."""
-    return _host().take_rows(matrix, indices)
-
-
-def linear(x: Float[Array, "... D"], weight: Matrix) -> Float[Array, "... out"]:
-    """x W^T, W (out, D), on the host."""
-    return _host().linear(x, weight)
-
-
-def linears(x: Float[Array, "... D"], weights: Sequence[Matrix]) -> tuple[Float[Array, "... out"], ...]:
-    """x W^T for every W, on the host."""
-    return _host().linears(x, weights)
-
-
-def dense_ffn(x: Float[Array, "... D"], ffn: FFNWeights | Placed, spec: FFNSpec) -> Float[Array, "... D"]:
-    """The FFN over all neurons: on the device where its weights are placed there, else on the host (a prefill)."""
-    import cann_bridge
-
-    if not isinstance(ffn, Placed):
-        return _host().dense_ffn(x, ffn, spec)
-    return cann_bridge.dense_ffn(flat(x), ffn.handle, kind=spec.kind, threshold=spec.threshold).reshape(x.shape)
-
-
-def sparse_ffn(
-    x: Float[Array, "B D"], ffn: Placed, predictor: Placed, spec: FFNSpec
-) -> tuple[Float[Array, "B D"], Int[Array, "B 2"]]:
-    """The FFN restricted to the predicted neurons, on the device, reading the rows of no others."""
-    import cann_bridge
-
-    return cann_bridge.sparse_ffn(
-        x,
-        ffn.handle,
-        predictor.handle,
-        kind=spec.kind,
-        threshold=spec.threshold,
-        parallel=spec.pipeline == "parallel",
-    )
-
-
-def attend(
-    q: Float[Array, "B N H"],
-    k: Float[Array, "B K H"],
-    v: Float[Array, "B K H"],
-    position: Int[Array, "B"],
-    cache: KVCache,
-    window: int | None,
-) -> tuple[Float[Array, "B N H"], KVCache]:
-    """One token per sequence over its cache, on the host; as `attention.attend`."""
-    return _host().attend(q, k, v, position, cache, window)
-
-
-class DeviceLoop:
+class NpuLoop:
     """The decode loop on the device, taking over from a prefill on the host."""
 
     def __init__(
@@ -137,8 +155,9 @@ class DeviceLoop:
         state: Any,
         choose: Callable | None,
         chunk: int,
+        device: Any,
     ):
-        """state: a `loop.DecodeState`. choose: from logits and keys to tokens and keys; None for greedy."""
+        """As `Npu.loop`, with the torch.device."""
         import cann_bridge
 
         layers = [_layer_arrays(layer, predictors[i] if predictors else None) for i, layer in enumerate(weights.layers)]
@@ -150,7 +169,7 @@ class DeviceLoop:
                 layers,
                 weights.norm,
                 operand(head),
-                cann_bridge.device(),
+                device,
             )
         self._decoder.begin(state.caches, state.token, state.position, state.finished, chunk)
         self._choose, self._keys, self._layers = choose, state.keys, config.num_layers
@@ -165,13 +184,12 @@ class DeviceLoop:
         self._decoder.finish(rows)
 
     def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray, list[int] | None]:
-        """Tokens (B, steps), PAD after a sequence's end, and counts (L, 2), as `loop.decode_chunk`.
-
-        Third, the neurons of each layer whose rows a captured graph read for every token; None where only rows that
-        the counts account for were read.
-        """
+        """As `DecodeLoop.advance`. Raises: JsparseError: the logits are not finite."""
         with _as_user_error():
             return self._decoder.greedy(steps) if self._choose is None else self._sampled(steps)
+
+    def check(self, ended: np.ndarray | bool = False) -> None:
+        """As `DecodeLoop.check`: `advance` has checked."""
 
     def _sampled(self, steps: int) -> tuple[np.ndarray, np.ndarray, None]:
         from cann_bridge import PAD
@@ -197,10 +215,6 @@ def _as_user_error() -> Iterator[None]:
         yield
     except ValueError as error:
         raise JsparseError(f"executor 'cann': {error}") from error
-
-
-def _host() -> ModuleType:
-    return xla if cpu.unavailable() else cpu
 
 
 def _spec(config: ModelConfig, spec: FFNSpec):

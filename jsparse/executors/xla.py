@@ -1,18 +1,20 @@
 """The XLA executor: the reference that every other one is compared with, and the fallback that runs anywhere."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jsparse.arrays import Matrix, dequantize, take_rows
-from jsparse.model.attention import attend
+from jsparse.model.attention import KVCache, attend
+from jsparse.model.config import ModelConfig
+from jsparse.model.executor import Split
 from jsparse.model.ffn import FFNSpec
-from jsparse.model.weights import FFNWeights, Predictor
+from jsparse.model.weights import FFNWeights, Linear, Predictor, Weights
 from jsparse.typing import Array, Bool, Float, Int
-
-__all__ = ["attend", "dense_ffn", "linear", "linears", "sparse_ffn", "take_rows", "unavailable"]
 
 _BLOCK = 128
 """Rows gathered per step of the loops over active neurons."""
@@ -21,43 +23,72 @@ _PRECISION = jax.lax.Precision.HIGHEST
 _dot = partial(jnp.dot, precision=_PRECISION)
 
 
-def unavailable() -> str | None:
-    """Why this executor cannot run here, or None: XLA runs everywhere."""
-    return None
-
-
 def linear(x: Float[Array, "... D"], weight: Matrix) -> Float[Array, "... out"]:
     """x W^T in float32, W (out, D)."""
     return jnp.einsum("...d,od->...o", x.astype(jnp.float32), dequantize(weight), precision=_PRECISION)
 
 
-def linears(x: Float[Array, "... D"], weights: Sequence[Matrix]) -> tuple[Float[Array, "... out"], ...]:
-    """`linear` for every matrix."""
-    return tuple(linear(x, weight) for weight in weights)
+@dataclasses.dataclass(frozen=True)
+class Xla:
+    """Plain JAX on whatever device JAX has."""
 
+    name: str = "xla"
 
-def dense_ffn(x: Float[Array, "... D"], ffn: FFNWeights, spec: FFNSpec) -> Float[Array, "... D"]:
-    """The FFN over all neurons (the formula is at `FFNSpec`); leading axes of x are free."""
-    hidden = spec.phi(linear(x, ffn.gate)) * spec.psi(linear(x, ffn.up))
-    return jnp.matmul(hidden, dequantize(ffn.down_t), precision=_PRECISION)
+    def refuses(self, config: ModelConfig) -> str | None:
+        """As `Executor.refuses`: it computes every model that there is a config for."""
+        return None
 
+    def place(self, weights: Weights, predictors: tuple[Predictor, ...] | None) -> tuple[Weights, Any]:
+        """As `Executor.place`: they are where JAX has them."""
+        return weights, predictors
 
-def sparse_ffn(
-    x: Float[Array, "B D"], ffn: FFNWeights, predictor: Predictor, spec: FFNSpec
-) -> tuple[Float[Array, "B D"], Int[Array, "B 2"]]:
-    """The FFN restricted to the predicted neurons, reading the rows of no others.
+    def rows(self, matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:
+        """As `Executor.rows`."""
+        return take_rows(matrix, indices)
 
-    Args:
-      x: FFN inputs, one token per row; every token has its own active set.
-      ffn: weights of the layer.
-      predictor: predictor of the layer.
-      spec: FFN kind and pipeline; swiglu has no zeros and is not accepted.
+    def project(
+        self, x: Float[Array, "... D"], linears: Sequence[Linear], split: Split = "out"
+    ) -> tuple[Float[Array, "... out"], ...]:
+        """As `Executor.project`."""
+        outs = (linear(x, each.rows) for each in linears)
+        return tuple(out if each.bias is None else out + each.bias for out, each in zip(outs, linears))
 
-    Returns:
-      y, and counts: neurons predicted active, and those of them with phi(gate) * psi(up) != 0.
-    """
-    scores = linear(linear(x, predictor.a), predictor.b) + predictor.bias
-    return jax.lax.map(lambda token: _sparse_token(*token, ffn, spec), (x.astype(jnp.float32), scores > 0))
+    def dense_ffn(self, x: Float[Array, "... D"], ffn: FFNWeights, spec: FFNSpec) -> Float[Array, "... D"]:
+        """As `Executor.dense_ffn`."""
+        hidden = spec.phi(linear(x, ffn.gate)) * spec.psi(linear(x, ffn.up))
+        return jnp.matmul(hidden, dequantize(ffn.down_t), precision=_PRECISION)
+
+    def sparse_ffn(
+        self, x: Float[Array, "B D"], ffn: FFNWeights, predictor: Predictor, spec: FFNSpec
+    ) -> tuple[Float[Array, "B D"], Int[Array, "B 2"]]:
+        """As `Executor.sparse_ffn`."""
+        scores = linear(linear(x, predictor.a), predictor.b) + predictor.bias
+        return jax.lax.map(lambda token: _sparse_token(*token, ffn, spec), (x.astype(jnp.float32), scores > 0))
+
+    def attend(
+        self,
+        q: Float[Array, "B N H"],
+        k: Float[Array, "B K H"],
+        v: Float[Array, "B K H"],
+        position: Int[Array, "B"],
+        cache: KVCache,
+        window: int | None,
+    ) -> tuple[Float[Array, "B N H"], KVCache]:
+        """As `Executor.attend`."""
+        return attend(q, k, v, position, cache, window)
+
+    def loop(
+        self,
+        config: ModelConfig,
+        spec: FFNSpec,
+        weights: Weights,
+        predictors: Any,
+        state: Any,
+        choose: Callable | None,
+        chunk: int,
+    ) -> None:
+        """As `Executor.loop`: the jitted one."""
+        return None
 
 
 def _sparse_token(

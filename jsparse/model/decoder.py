@@ -1,6 +1,5 @@
 """The whole decoder: pure functions of (weights, tokens, cache)."""
 
-from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -8,20 +7,21 @@ import jax.numpy as jnp
 
 from jsparse.model.attention import KVCache
 from jsparse.model.config import ModelConfig
+from jsparse.model.executor import Executor
 from jsparse.model.layers import Block, FeedForward, Rotation, apply, rms_norm
-from jsparse.model.weights import Weights
+from jsparse.model.weights import Linear, Weights
 from jsparse.typing import Array, Float, Int
 
 
 class Decoder(nn.Module):
     """A causal language model. `apply(Decoder(config, executor), weights, ...)` runs it.
 
-    The residual stream is float32 whatever the weights' dtype; `executor` is a module of `jsparse.executors` and does
-    every matrix product outside the attention of a prefill.
+    The residual stream is float32 whatever the weights' dtype; `executor` does every matrix product outside the
+    attention of a prefill.
     """
 
     config: ModelConfig
-    executor: ModuleType
+    executor: Executor
 
     @nn.compact
     def __call__(
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
         """
         c = self.config
         weights: Weights = self.get_variable("params", "weights")
-        rows = self.executor.take_rows(weights.embed, tokens.reshape(-1))
+        rows = self.executor.rows(weights.embed, tokens.reshape(-1))
         x = c.embed_scale * rows.reshape(*tokens.shape, c.hidden_size)
         rotation = Rotation.of(positions, c)
         new_caches, extras = [], []
@@ -56,5 +56,5 @@ class Decoder(nn.Module):
         if last is not None:
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         x = c.logit_scale * rms_norm(x, weights.norm, c.norm_eps)
-        head = weights.embed if weights.head is None else weights.head
-        return self.executor.linear(x, head), tuple(new_caches), extras
+        head = Linear(weights.embed if weights.head is None else weights.head)
+        return self.executor.project(x, [head], split="vocab")[0], tuple(new_caches), extras

@@ -1,6 +1,5 @@
 """The decoder's building blocks: norm, rotary embedding, and as Flax Linen modules attention and residual block."""
 
-from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -10,6 +9,7 @@ import numpy as np
 
 from jsparse.model.attention import KVCache, causal_attention
 from jsparse.model.config import ModelConfig
+from jsparse.model.executor import Executor
 from jsparse.model.weights import AttentionWeights, FFNWeights, Layer
 from jsparse.typing import Array, Float, Int
 
@@ -56,7 +56,7 @@ class Attention(nn.Module):
     """Causal attention with rotary positions, grouped key/value heads and an optional sliding window."""
 
     config: ModelConfig
-    executor: ModuleType
+    executor: Executor
 
     @nn.compact
     def __call__(
@@ -66,23 +66,21 @@ class Attention(nn.Module):
         c = self.config
         weights: AttentionWeights = self.get_variable("params", "weights")
         inputs = (weights.q, weights.k, weights.v)
-        projected = self.executor.linears(x, [linear.rows for linear in inputs])
-        projected = [y if linear.bias is None else y + linear.bias for y, linear in zip(projected, inputs)]
-        q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in projected)
+        q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in self.executor.project(x, inputs))
         q, k = (rotate(y, rotation.cos, rotation.signed_sin) for y in (q, k))
         if cache is None:
             out, cache = causal_attention(q, k, v, c.sliding_window), (k, v)
         else:
             now = (q[:, 0], k[:, 0], v[:, 0], rotation.positions[:, 0])
             out, cache = self.executor.attend(*now, cache, c.sliding_window)
-        return self.executor.linear(out.reshape(*x.shape[:2], -1), weights.o.rows), cache
+        return self.executor.project(out.reshape(*x.shape[:2], -1), [weights.o], split="in")[0], cache
 
 
 class Block(nn.Module):
     """One layer: attention and FFN, each behind a norm and added to the residual stream."""
 
     config: ModelConfig
-    executor: ModuleType
+    executor: Executor
     layer: int
 
     @nn.compact

@@ -16,7 +16,7 @@ import numpy as np
 
 from jsparse.arrays import Matrix, dequantize, take_rows
 from jsparse.errors import JsparseError
-from jsparse.executors import xla
+from jsparse.executors.xla import Xla, linear
 from jsparse.model.config import ModelConfig
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import Block, Rotation, apply
@@ -113,7 +113,7 @@ def fit_layer(
     )
     if options.bias == "neuron":
         offset = jnp.zeros_like(offset)  # a threshold per neuron absorbs it
-    features = xla.linear(threshold_x, a)
+    features = linear(threshold_x, a)
     shape = (config.intermediate_size, threshold_x.shape[0])
     scores, cost, active = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, bool)
     for start in range(0, config.intermediate_size, _NEURON_BLOCK):
@@ -147,9 +147,9 @@ def _block_statistics(
     importance: str,
 ):
     """Scores, cost of skipping, and activity (block, n) of some neurons."""
-    scores = xla.linear(take_rows(b, neurons), features) + offset[neurons][:, None]
-    gate = spec.phi(xla.linear(take_rows(ffn.gate, neurons), x))
-    hidden = gate * spec.psi(xla.linear(take_rows(ffn.up, neurons), x))
+    scores = linear(take_rows(b, neurons), features) + offset[neurons][:, None]
+    gate = spec.phi(linear(take_rows(ffn.gate, neurons), x))
+    hidden = gate * spec.psi(linear(take_rows(ffn.up, neurons), x))
     norm = jnp.linalg.norm(take_rows(ffn.down_t, neurons), axis=1)[:, None]
     cost = {"gate": gate, "hidden": hidden, "output": hidden * norm}[importance] ** 2
     return scores, cost, hidden != 0
@@ -158,10 +158,10 @@ def _block_statistics(
 @partial(jax.jit, static_argnames="config")
 def _block_step(block, hidden, config):
     def feed_forward(_, x, ffn):
-        return xla.dense_ffn(x, ffn, FFNSpec.of(config)), x
+        return Xla().dense_ffn(x, ffn, FFNSpec.of(config)), x
 
     rotation = Rotation.of(jnp.arange(hidden.shape[1])[None], config)
-    out, _, inputs = apply(Block(config, xla, 0), block, hidden, rotation, feed_forward)
+    out, _, inputs = apply(Block(config, Xla(), 0), block, hidden, rotation, feed_forward)
     return out, inputs
 
 

@@ -1,0 +1,113 @@
+"""The executors of the kernel packages, which know arrays only and have the same functions of them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from jsparse.arrays import Matrix, QuantizedRows
+from jsparse.model.attention import KVCache
+from jsparse.model.config import ModelConfig
+from jsparse.model.executor import Split
+from jsparse.model.ffn import FFNSpec
+from jsparse.model.weights import FFNWeights, Linear, Predictor, Weights
+from jsparse.typing import Array, Float, Int
+
+Operand = Array | tuple[Array, Array]
+"""A matrix as an array, or as low-bit values and their scales."""
+
+
+def operand(matrix: Matrix) -> Operand:
+    return (matrix.values, matrix.scale) if isinstance(matrix, QuantizedRows) else matrix
+
+
+def operands(ffn: FFNWeights) -> list[Operand]:
+    """Gate, up and down_t."""
+    return [operand(matrix) for matrix in (ffn.gate, ffn.up, ffn.down_t)]
+
+
+def flat(x: Float[Array, "... D"]) -> Float[Array, "B D"]:
+    """One token per row."""
+    return x.reshape(-1, x.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelExecutor:
+    """`cpu`: native kernels that read each weight once per step, at the speed of memory. `cuda`: Pallas kernels for
+    the sparse FFN and attention on an NVIDIA GPU, XLA for the dense products; on another device they are interpreted.
+    """
+
+    name: Literal["cpu", "cuda"]
+
+    @property
+    def _kernels(self):
+        if self.name == "cpu":
+            import cpu_kernels as kernels
+        else:
+            import pallas_kernels as kernels
+        return kernels
+
+    def refuses(self, config: ModelConfig) -> str | None:
+        """As `Executor.refuses`: these compute every model that there is a config for."""
+        return None
+
+    def place(self, weights: Weights, predictors: tuple[Predictor, ...] | None) -> tuple[Weights, Any]:
+        """As `Executor.place`: they are where JAX has them."""
+        return weights, predictors
+
+    def rows(self, matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:
+        """As `Executor.rows`."""
+        return self._kernels.take_rows(operand(matrix), indices, matrix.shape[1])
+
+    def project(
+        self, x: Float[Array, "... D"], linears: Sequence[Linear], split: Split = "out"
+    ) -> tuple[Float[Array, "... out"], ...]:
+        """As `Executor.project`, in one pass over all of them."""
+        outs = self._kernels.linear(flat(x), *(operand(linear.rows) for linear in linears))
+        outs = (out.reshape(*x.shape[:-1], out.shape[-1]) for out in outs)
+        return tuple(out if linear.bias is None else out + linear.bias for out, linear in zip(outs, linears))
+
+    def dense_ffn(self, x: Float[Array, "... D"], ffn: FFNWeights, spec: FFNSpec) -> Float[Array, "... D"]:
+        """As `Executor.dense_ffn`."""
+        y = self._kernels.dense_ffn(flat(x), *operands(ffn), kind=spec.kind, threshold=spec.threshold)
+        return y.reshape(x.shape)
+
+    def sparse_ffn(
+        self, x: Float[Array, "B D"], ffn: FFNWeights, predictor: Predictor, spec: FFNSpec
+    ) -> tuple[Float[Array, "B D"], Int[Array, "B 2"]]:
+        """As `Executor.sparse_ffn`."""
+        return self._kernels.sparse_ffn(
+            x,
+            *operands(ffn),
+            operand(predictor.a),
+            operand(predictor.b),
+            predictor.bias,
+            kind=spec.kind,
+            threshold=spec.threshold,
+            parallel=spec.pipeline == "parallel",
+        )
+
+    def attend(
+        self,
+        q: Float[Array, "B N H"],
+        k: Float[Array, "B K H"],
+        v: Float[Array, "B K H"],
+        position: Int[Array, "B"],
+        cache: KVCache,
+        window: int | None,
+    ) -> tuple[Float[Array, "B N H"], KVCache]:
+        """As `Executor.attend`."""
+        out, keys, values = self._kernels.attend(q, k, v, position, *cache, window=window)
+        return out, (keys, values)
+
+    def loop(
+        self,
+        config: ModelConfig,
+        spec: FFNSpec,
+        weights: Weights,
+        predictors: Any,
+        state: Any,
+        choose: Callable | None,
+        chunk: int,
+    ) -> None:
+        """As `Executor.loop`: the jitted one."""
+        return None

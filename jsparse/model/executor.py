@@ -1,0 +1,108 @@
+"""What the decoder asks of the device that computes it: the Protocol that every executor follows."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from jsparse.arrays import Matrix
+from jsparse.model.attention import KVCache
+from jsparse.model.config import ModelConfig
+from jsparse.model.ffn import FFNSpec
+from jsparse.model.weights import FFNWeights, Linear, Predictor, Weights
+from jsparse.typing import Array, Float, Int
+
+Split = Literal["out", "in", "vocab"]
+"""How a mesh divides a product: by its outputs, by what is summed, or by the vocabulary. One device divides nothing."""
+
+
+class DecodeLoop(Protocol):
+    """A batch of sequences that is decoded some steps at a time."""
+
+    @property
+    def finished(self) -> np.ndarray:
+        """(B,) sequences that have ended."""
+
+    def finish(self, rows: np.ndarray) -> None:
+        """Mark sequences (B,) as ended."""
+
+    def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray, list[int] | None]:
+        """Decode up to `steps` tokens of every sequence.
+
+        Returns:
+          tokens (B, steps), PAD after a sequence's end;
+          counts (L, 2) of neurons predicted and active, summed over the steps of sequences that had not ended;
+          the neurons of each layer whose rows were read for every token, or None where only rows that the counts
+          account for were.
+        """
+
+    def check(self, ended: np.ndarray | bool = False) -> None:
+        """Raises: JsparseError: keys, values or logits of a sequence that has not `ended` (B,) were not finite."""
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """A device and how it computes. Frozen, hashable and without arrays: a static argument of `jax.jit`."""
+
+    name: str
+
+    def refuses(self, config: ModelConfig) -> str | None:
+        """Why it cannot compute such a model, or None."""
+
+    def place(self, weights: Weights, predictors: tuple[Predictor, ...] | None) -> tuple[Weights, Any]:
+        """Weights and predictors where a step of this executor takes them."""
+
+    def rows(self, matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:
+        """Rows of the matrix in float32; only those are read, and an index past the end gives zeros."""
+
+    def project(
+        self, x: Float[Array, "... D"], linears: Sequence[Linear], split: Split = "out"
+    ) -> tuple[Float[Array, "... out"], ...]:
+        """rows x + bias for every linear map, in float32."""
+
+    def dense_ffn(self, x: Float[Array, "... D"], ffn: FFNWeights, spec: FFNSpec) -> Float[Array, "... D"]:
+        """The FFN over all neurons (the formula is at `FFNSpec`)."""
+
+    def sparse_ffn(
+        self, x: Float[Array, "B D"], ffn: FFNWeights, predictor: Predictor, spec: FFNSpec
+    ) -> tuple[Float[Array, "B D"], Int[Array, "B 2"]]:
+        """The FFN restricted to the predicted neurons, reading the rows of no others.
+
+        Args:
+          x: FFN inputs, one token per row; every token has its own active set.
+          ffn, predictor: of the layer.
+          spec: an FFN that has zeros, and its pipeline.
+
+        Returns:
+          y, and counts: neurons predicted active, and those of them whose hidden value is not zero.
+        """
+
+    def attend(
+        self,
+        q: Float[Array, "B N H"],
+        k: Float[Array, "B K H"],
+        v: Float[Array, "B K H"],
+        position: Int[Array, "B"],
+        cache: KVCache,
+        window: int | None,
+    ) -> tuple[Float[Array, "B N H"], KVCache]:
+        """One token per sequence over its cache, which takes its key and value; as `attention.attend`."""
+
+    def loop(
+        self,
+        config: ModelConfig,
+        spec: FFNSpec,
+        weights: Weights,
+        predictors: Any,
+        state: Any,
+        choose: Callable | None,
+        chunk: int,
+    ) -> DecodeLoop | None:
+        """A decode loop of the device's own, or None for the jitted one.
+
+        Args:
+          weights, predictors: as `place` returned them.
+          state: a `decoding.loop.DecodeState` after the prompts.
+          choose: from logits and keys to tokens and keys; None takes the most likely token.
+          chunk: most steps of one `advance`.
+        """
