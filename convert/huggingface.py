@@ -26,6 +26,7 @@ from convert.tensors import open_checkpoint, read_safetensors
 from jsparse.arrays import DTYPES, QuantizedRows
 from jsparse.directories import read_path
 from jsparse.model.config import FFNKind
+from jsparse.model.parameters import check_weights
 from jsparse.model.weights import Params, check_params
 from jsparse.settings import with_own_settings
 from jsparse.text.files import load_tokenizer
@@ -99,8 +100,10 @@ def to_huggingface(params: Params, directory: str | Path) -> None:
       ConversionError: the directory exists, or no architecture has this combination of features.
     """
     check_params(params)
+    embed = params.weights.embed
+    config = write_config(params.config, "float32" if _is_quantized(embed) else embed.dtype.name)
+    check_weights(params.weights, params.config)
     arrays = stored_arrays(params.weights, params.config)
-    config = write_config(params.config, arrays["model.embed_tokens.weight"].dtype.name)
     if any(isinstance(leaf, QuantizedRows) for leaf in jax.tree.leaves(params.weights, is_leaf=_is_quantized)):
         logger.warning("int8 matrices are written as float32, which Hugging Face directories have instead.")
     with new_directory(read_path(directory)) as temporary:

@@ -201,7 +201,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
             **{"model.embed_tokens.weight": torch.ones(64, 32, dtype=torch.int8)},
         ),
         [
-            f"2 missing: model.norm.weight, {Q}",
+            f"2 missing: {Q}, model.norm.weight",
             "1 unknown: score.weight",
             "1 wrongly shaped: lm_head.weight is (3, 3), expected (64, 32)",
             "1 not floating point: model.embed_tokens.weight is int8",
