@@ -34,6 +34,7 @@ class Bench:
         self._layers = [
             [(torch.randn(neurons, width) * width**-0.5).to(dtype).to(device) for _ in range(3)] for _ in range(ROTATED)
         ]
+        self._threshold = torch.full((neurons,), -1e9).to(device)  # every gate value is above it
         factors = torch.randn(rank, width) * width**-0.5, torch.randn(neurons, rank) * rank**-0.5
         self._factors = [m.to(predictor_dtype(self._device)).to(device) for m in factors]
         self._x = torch.randn(1, width).to(device)
@@ -43,7 +44,7 @@ class Bench:
         self.predictor_bytes = sum(m.nbytes for m in self._factors)
 
     def dense(self) -> float:
-        return self._seconds(lambda layer: ops().dense_reglu_ffn(self._x, *layer, "fatrelu", -1e9))
+        return self._seconds(lambda layer: ops().dense_ffn(self._x, *layer, self._threshold, "relu", "linear"))
 
     def npu_ffn(self) -> Callable[[], float] | None:
         """torch_npu's fused dense FFN, ReGLU; None where it is not there or refuses."""
@@ -70,10 +71,10 @@ class Bench:
         bias = torch.full_like(self._scores[0], -float(np.quantile(self._scores.cpu().numpy(), sparsity)))
 
         def with_predictor(layer):
-            return ops().sparse_reglu_ffn(self._x, *layer, *self._factors, bias, "fatrelu", -1e9)
+            return ops().sparse_ffn(self._x, *layer, self._threshold, *self._factors, bias, "relu", "linear")
 
         def without(layer):
-            return over_predicted(self._x, self._scores + bias, *layer, "fatrelu", -1e9)
+            return over_predicted(self._x, self._scores + bias, *layer, self._threshold)
 
         return lambda: self._seconds(with_predictor if predictor else without)
 

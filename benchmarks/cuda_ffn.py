@@ -20,13 +20,13 @@ from benchmarks.plain_xla import PlainXla
 from benchmarks.report import Engine, compare, print_json
 from benchmarks.rotation import nbytes, one_after_another, predictor_for, rotated
 from jsparse.executors.kernels import KernelExecutor
-from jsparse.model.ffn import FFNSpec
+from jsparse.model.ffn import KINDS
 
 ROTATED_BYTES = 1.5e9
 """Weights that are rotated: many times what an L2 cache holds."""
 REPEATS = 100
 """Of the layers in one program, so that starting it does not count: a sparse layer takes some 10 microseconds."""
-SPEC = FFNSpec("fatrelu", random_models.threshold())
+SPEC = KINDS["fatrelu"]
 EXECUTOR = KernelExecutor("cuda")
 
 
@@ -64,7 +64,7 @@ def cuda_c_seconds(x, layers, repeats: int, expected: jax.Array) -> Callable[[],
         print("CUDA C by hand is left out: there is no GPU")
         return None
     try:
-        made = CudaC(x, layers, SPEC.threshold, repeats)
+        made = CudaC(x, layers, random_models.threshold(), repeats)
     except ImportError:
         print("CUDA C by hand is left out: CuPy is not installed (pip install cupy-cuda13x)")
         return None
@@ -96,7 +96,7 @@ def torch_seconds(x: jax.Array, layers: list[tuple], repeats: int) -> Callable[[
     def steps():
         for gate, up, down_t in held:
             h = linear(value, gate)
-            torch.where(h > SPEC.threshold, h, 0).mul_(linear(value, up)) @ down_t
+            torch.where(h > random_models.threshold(), h, 0).mul_(linear(value, up)) @ down_t
 
     steps()
     torch.cuda.synchronize()

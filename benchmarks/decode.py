@@ -32,7 +32,6 @@ from jsparse.decoding.loop import DecodeState, bucket, decode_chunk
 from jsparse.decoding.sampling import Sampling
 from jsparse.executors.select import select_executor
 from jsparse.model.executor import Executor
-from jsparse.model.ffn import FFNSpec
 from jsparse.model.parameters import Parameter, make_weights, parameters
 from jsparse.model.weights import Weights
 
@@ -67,7 +66,7 @@ class JsparseDecoder:
     """The decode loop of `jsparse.generate` on a prepared cache, which is one that all of them take turns with."""
 
     def __init__(self, config, weights, caches: list, layer, point: OperatingPoint | None, executor: Executor):
-        self._model = Model(config, executor, FFNSpec.of(config))
+        self._model = Model(config, executor, config.ffn_spec())
         self._weights, self._caches = weights, caches
         self._predictors = None
         if point is not None:

@@ -18,12 +18,12 @@ from benchmarks.rotation import nbytes, one_after_another, predictor_for, rotate
 from benchmarks.shapes import SHAPES
 from jsparse.executors.select import select_executor
 from jsparse.executors.xla import Xla
-from jsparse.model.ffn import FFNSpec
+from jsparse.model.ffn import KINDS
 
 PREDICTED = (0.1, 0.3, 0.5)
 ROTATED_BYTES = 6e8
 """Weights that are rotated: more than any cache holds."""
-SPEC = FFNSpec("fatrelu", random_models.threshold())
+SPEC = KINDS["fatrelu"]
 
 
 def executor_engines(layer: random_models.Layer, x: jax.Array, dtype: str) -> list[Engine]:
@@ -64,7 +64,7 @@ def torch_engine(layer: random_models.Layer, x: jax.Array, name: str) -> Engine:
     def steps():
         for gate, up, down in copies:
             h = linear(value, gate)
-            linear(torch.where(h > SPEC.threshold, h, 0) * linear(value, up), down)
+            linear(torch.where(h > random_models.threshold(), h, 0) * linear(value, up), down)
 
     return Engine("torch", "dense", name, lambda: seconds(steps) / len(copies), size)
 

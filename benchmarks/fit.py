@@ -71,7 +71,8 @@ def main() -> None:
     x = rng.standard_normal((2, args.tokens, width), np.float32)
     x *= np.where(np.arange(width) % 499 == 3, 100, 1).astype(np.float32)
     gate, up, down_t = (jnp.asarray(rng.standard_normal((neurons, width), np.float32)) for _ in range(3))
-    layer, options = FFNWeights(gate, up, down_t), CalibrationOptions(rank=args.rank, sparsity=0.7)
+    layer = FFNWeights(gate, up, down_t, jnp.zeros(neurons))
+    options = CalibrationOptions(rank=args.rank, sparsity=0.7)
     gram = np.asarray(x[0].T @ x[0], np.float64)
     target, rounds = 0.7, {}
 

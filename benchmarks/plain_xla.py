@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jsparse.arrays import Matrix, QuantizedRows
-from jsparse.executors.xla import Xla
+from jsparse.executors.xla import Xla, activate, activate_up
 from jsparse.model.executor import Split
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.weights import FFNWeights, Linear
@@ -29,7 +29,9 @@ class PlainXla(Xla):
 
     def dense_ffn(self, x: jax.Array, ffn: FFNWeights, spec: FFNSpec) -> jax.Array:
         """As `Executor.dense_ffn`."""
-        hidden = spec.phi(_linear(x, ffn.gate)) * spec.psi(_linear(x, ffn.up))
+        hidden = activate(spec, _linear(x, ffn.gate), ffn.threshold)
+        if ffn.up is not None:
+            hidden = hidden * activate_up(spec, _linear(x, ffn.up))
         values, scale = _stored(ffn.down_t)
         return jnp.matmul((hidden * scale).astype(values.dtype), values, preferred_element_type=jnp.float32)
 

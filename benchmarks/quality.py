@@ -20,8 +20,8 @@ import jsparse
 from jsparse.arrays import DTYPES
 from jsparse.checkpoints.open import DEFAULT_MODEL
 from jsparse.executors.select import select_executor
+from jsparse.executors.xla import activate, activate_up
 from jsparse.model.decoder import Decoder
-from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import apply
 from jsparse.model.weights import Linear
 from jsparse.predictors.options import CalibrationOptions
@@ -49,12 +49,12 @@ def held_out_rows(params: jsparse.Params, count: int) -> np.ndarray:
 @partial(jax.jit, static_argnames=("config", "executor"))
 def teacher_forced(weights, predictors, row, config, executor):
     """Log-probabilities (T, V) of one row and the layers' counts (L, 3): predicted, caught, truly active."""
-    spec = FFNSpec.of(config)
+    spec = config.ffn_spec()
 
     def feed_forward(layer, x, ffn):
         flat = x[0]
         gate, up = executor.project(flat, [Linear(ffn.gate), Linear(ffn.up)])
-        hidden = spec.phi(gate) * spec.psi(up)
+        hidden = activate(spec, gate, ffn.threshold) * activate_up(spec, up)
         active = jnp.sum(hidden != 0)
         if predictors is None:
             return executor.dense_ffn(x, ffn, spec), jnp.stack([active, active, active])

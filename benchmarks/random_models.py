@@ -54,7 +54,8 @@ class Layer:
 
     def stored(self, dtype: str) -> FFNWeights:
         """The FFN in its own memory, in that dtype."""
-        return FFNWeights(*(store(m, dtype) for m in (self.ffn.gate, self.ffn.up, self.ffn.down_t)))
+        matrices = (store(m, dtype) for m in (self.ffn.gate, self.ffn.up, self.ffn.down_t))
+        return FFNWeights(*matrices, self.ffn.threshold)
 
     def predictor(self, point: OperatingPoint) -> Predictor:
         """A predictor of that rank and bits that predicts that share of the neurons of a normalised input."""
@@ -85,7 +86,7 @@ def random_layer(config: jsparse.ModelConfig, leading_rank: int, seed: int = 0) 
     b = int4(neurons, rank, 1.0)
     gate = (dequantize(b) @ dequantize(a)).astype(jnp.bfloat16)
     up, down_t = (random_matrix(rng, neurons, width, width**-0.5) for _ in range(2))
-    return Layer(FFNWeights(gate, up, down_t), a, b)
+    return Layer(FFNWeights(gate, up, down_t, jnp.full((neurons,), threshold(), jnp.float32)), a, b)
 
 
 def random_matrix(rng: np.random.Generator, rows: int, columns: int, deviation: float) -> jax.Array:

@@ -11,11 +11,11 @@ from cann_bridge.handover import Matrix, arrays_of, held, hold, resident, reside
 from cann_bridge.ops import ops
 
 
-def place_ffn(gate: Matrix, up: Matrix, down_t: Matrix, where) -> jax.Array:
-    """A handle of the matrices (F, D) on the device."""
-    matrices = (gate, up, down_t)
-    arrays = sum(map(arrays_of, matrices), ())
-    return hold(arrays, where, tuple(resident(matrix, where) for matrix in matrices))
+def place_ffn(gate: Matrix, up: Matrix | None, down_t: Matrix, threshold: jax.Array, where) -> jax.Array:
+    """A handle of the matrices (F, D) and the threshold (F,) on the device."""
+    arrays = sum((arrays_of(part) for part in (gate, up, down_t, threshold) if part is not None), ())
+    matrices = (None if matrix is None else resident(matrix, where) for matrix in (gate, up, down_t))
+    return hold(arrays, where, (*matrices, resident(threshold, where, import_torch().float32)))
 
 
 def place_predictor(a: Matrix, b: Matrix, bias: jax.Array, width: int, where) -> jax.Array:
@@ -23,25 +23,25 @@ def place_predictor(a: Matrix, b: Matrix, bias: jax.Array, width: int, where) ->
     return hold((*arrays_of(a), *arrays_of(b), bias), where, resident_predictor(a, b, bias, width, where))
 
 
-def dense_ffn(x: jax.Array, ffn: jax.Array, *, kind: str, threshold: float) -> jax.Array:
+def dense_ffn(x: jax.Array, ffn: jax.Array, *, activation: str, up_activation: str) -> jax.Array:
     """The dense FFN (B, D) of x (B, D), for a handle of `place_ffn`."""
 
     def host(x, handle):
         matrices = held(handle)
-        return ops().dense_reglu_ffn(_moved(x, matrices[0]), *matrices, kind, threshold).cpu().numpy()
+        return ops().dense_ffn(_moved(x, matrices[0]), *matrices, activation, up_activation).cpu().numpy()
 
     return jax.pure_callback(host, jax.ShapeDtypeStruct(x.shape, jnp.float32), x, ffn, vmap_method="sequential")
 
 
 def sparse_ffn(
-    x: jax.Array, ffn: jax.Array, predictor: jax.Array, *, kind: str, threshold: float, parallel: bool
+    x: jax.Array, ffn: jax.Array, predictor: jax.Array, *, activation: str, up_activation: str, parallel: bool
 ) -> tuple[jax.Array, jax.Array]:
     """The FFN (B, D) over the predicted neurons, and counts (B, 2), for the handles of both."""
 
     def host(x, ffn, predictor):
         matrices = held(ffn)
-        y, counts = ops().sparse_reglu_ffn(
-            _moved(x, matrices[0]), *matrices, *held(predictor), kind, threshold, parallel
+        y, counts = ops().sparse_ffn(
+            _moved(x, matrices[0]), *matrices, *held(predictor), activation, up_activation, parallel
         )
         return y.cpu().numpy(), counts.cpu().numpy()
 

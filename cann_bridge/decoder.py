@@ -32,7 +32,7 @@ class Spec:
       window: positions a token sees, itself included; None for all.
       context_length: a sequence ends there.
       eos_ids: tokens that end a sequence.
-      kind, threshold, parallel: of the FFN, as in `cann_bridge.ops`.
+      activation, up_activation, parallel: of the FFN, as in `cann_bridge.ops`.
     """
 
     num_heads: int
@@ -46,8 +46,8 @@ class Spec:
     window: int | None
     context_length: int
     eos_ids: tuple[int, ...]
-    kind: str
-    threshold: float
+    activation: str
+    up_activation: str
     parallel: bool
 
 
@@ -67,8 +67,9 @@ class LayerArrays:
     o: Matrix
     post_attention_norm: jax.Array
     gate: Matrix
-    up: Matrix
+    up: Matrix | None
     down_t: Matrix
+    threshold: jax.Array
     biases: tuple[jax.Array, ...] = ()
     predictor: tuple[Matrix, Matrix, jax.Array] | None = None
 
@@ -99,7 +100,10 @@ class Decoder:
         return matrices | {
             "norms": [self._vector(array) for array in (layer.input_norm, layer.post_attention_norm)],
             "biases": [self._vector(array) for array in layer.biases],
-            "ffn": [resident(matrix, self._where) for matrix in (layer.gate, layer.up, layer.down_t)],
+            "ffn": [
+                *(m if m is None else resident(m, self._where) for m in (layer.gate, layer.up, layer.down_t)),
+                self._vector(layer.threshold),
+            ],
             "predictor": layer.predictor and resident_predictor(*layer.predictor, self._embed.shape[1], self._where),
         }
 
@@ -289,10 +293,10 @@ class Decoder:
     def _ffn(self, x: Any, layer: dict[str, Any], rows: int) -> tuple[Any, Any]:
         spec = self._spec
         if layer["predictor"] is None:
-            y = ops().dense_reglu_ffn(x, *layer["ffn"], spec.kind, spec.threshold)
+            y = ops().dense_ffn(x, *layer["ffn"], spec.activation, spec.up_activation)
             return y, self._nothing
-        return ops().sparse_reglu_ffn(
-            x, *layer["ffn"], *layer["predictor"], spec.kind, spec.threshold, spec.parallel, rows
+        return ops().sparse_ffn(
+            x, *layer["ffn"], *layer["predictor"], spec.activation, spec.up_activation, spec.parallel, rows
         )
 
     def _attention(self, x: Any, layer: dict[str, Any], cache: list[Any], rotation: tuple[Any, Any]):

@@ -16,7 +16,8 @@ from typing import Any
 from convert.errors import ConversionError, listing
 from convert.fields import Fields
 from convert.files import read_json
-from jsparse.model.config import FFN_KINDS, PRESETS, FFNKind, ModelConfig, RopeScaling
+from jsparse.model.config import PRESETS, ModelConfig, RopeScaling
+from jsparse.model.ffn import KINDS
 
 _LLAMA = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
 _MISTRAL = _LLAMA | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
@@ -45,7 +46,7 @@ ARCHITECTURES = {
 _OWNERS = "|".join({re.escape(name.lower().partition("/")[0]) for name in PRESETS})
 _REPOSITORY = re.compile(rf"^(.*/|models--[^/]*?--|({_OWNERS})_{{1,2}})")
 """What stands before a repository's own name in a path's last part."""
-_ACTIVATIONS: dict[str, FFNKind] = {"relu": "reglu", "fatrelu": "fatrelu", "silu": "swiglu", "swish": "swiglu"}
+_ACTIVATIONS: dict[str, str] = {"relu": "reglu", "fatrelu": "fatrelu", "silu": "swiglu", "swish": "swiglu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Reading:
     doubtful: bool
 
 
-def read_config(directory: Path, ffn: FFNKind | None = None) -> Reading:
+def read_config(directory: Path, ffn: str | None = None) -> Reading:
     """Read the configuration of a Hugging Face directory.
 
     Args:
@@ -155,11 +156,11 @@ def _repository(directory: Path, raw: dict) -> str | None:
 
 
 def _choose_ffn(
-    fields: Fields, model_type: str, repository: str | None, override: FFNKind | None
-) -> tuple[FFNKind, float, str, bool]:
+    fields: Fields, model_type: str, repository: str | None, override: str | None
+) -> tuple[str, float, str, bool]:
     """The FFN kind, its threshold, the sentence that says why, and whether another kind may be meant."""
-    if override is not None and override not in FFN_KINDS:
-        raise ConversionError(f"ffn is {override!r} and must be one of {', '.join(FFN_KINDS)}")
+    if override is not None and override not in KINDS:
+        raise ConversionError(f"ffn is {override!r} and must be one of {', '.join(KINDS)}")
     declared = str(fields.raw.get("hidden_act") or "silu")
     preset = PRESETS.get(repository or "")
     own = fields.raw.get("ffn_kind")
@@ -168,8 +169,8 @@ def _choose_ffn(
         kind, why = override, f"asked for; config.json declares {model_type} with {declared}"
     elif own is not None:
         kind, why = own, "config.json, written by jsparse, says so"
-        if own not in FFN_KINDS:
-            fields.problems.append(f"ffn_kind is {own!r} and must be one of {', '.join(FFN_KINDS)}")
+        if own not in KINDS:
+            fields.problems.append(f"ffn_kind is {own!r} and must be one of {', '.join(KINDS)}")
     elif model_type == "bamboo":
         kind, why = "drelu", "bamboo models apply ReLU to both gate_proj and up_proj"
     elif declared == "relu" and preset is not None and preset.ffn_kind == "drelu":

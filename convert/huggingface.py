@@ -25,7 +25,6 @@ from convert.mapping import (
 from convert.tensors import open_checkpoint, read_safetensors
 from jsparse.arrays import DTYPES, QuantizedRows
 from jsparse.directories import read_path
-from jsparse.model.config import FFNKind
 from jsparse.model.parameters import check_weights
 from jsparse.model.weights import Params, check_params
 from jsparse.settings import with_own_settings
@@ -35,7 +34,7 @@ logger = logging.getLogger("convert")
 
 
 @with_own_settings
-def from_huggingface(directory: str | Path, *, ffn: FFNKind | None = None, dtype: str | None = None) -> Params:
+def from_huggingface(directory: str | Path, *, ffn: str | None = None, dtype: str | None = None) -> Params:
     """Convert a Hugging Face checkpoint: config.json, weights and tokenizer. No code in the directory is run.
 
     Which FFN kind was taken and why is logged: at level INFO, or WARNING where another kind may be meant.

@@ -24,7 +24,9 @@ except ModuleNotFoundError:
 except ImportError as error:
     _native, _MISSING = None, str(error)
 
-_KINDS = ("reglu", "drelu", "fatrelu", "swiglu")
+ACTIVATIONS = ("relu", "silu")
+UP_ACTIVATIONS = ("none", "linear", "relu")
+"""What may be applied to gate and up values, in the order of the native enumerations; `none` where there is no up."""
 _PREFIX = "jsparse_cpu_"
 
 Matrix = jax.Array | tuple[jax.Array, jax.Array]
@@ -41,6 +43,11 @@ def unavailable() -> str | None:
     if jax.default_backend() != "cpu":
         return f"JAX computes on {jax.default_backend()} here; JAX_PLATFORMS=cpu chooses the CPU"
     return None
+
+
+def native_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The native enumerations behind ACTIVATIONS and UP_ACTIVATIONS."""
+    return _native.activations(), _native.up_activations()
 
 
 def instruction_set() -> str:
@@ -66,29 +73,39 @@ def linear(x: jax.Array, *weights: Matrix) -> tuple[jax.Array, ...]:
 
 
 def dense_ffn(
-    x: jax.Array, gate: Matrix, up: Matrix, down_t: Matrix, *, kind: str = "reglu", threshold: float = 0.0
+    x: jax.Array,
+    gate: Matrix,
+    up: Matrix | None,
+    down_t: Matrix,
+    threshold: jax.Array,
+    *,
+    activation: str = "relu",
+    up_activation: str = "linear",
 ) -> jax.Array:
-    """down_t^T (phi(gate x) * psi(up x)), (B, D), for x (B, D) and matrices (F, D).
+    """down_t^T (phi(gate x) * psi(up x)), (B, D), for x (B, D), matrices (F, D) and threshold (F,).
 
     Args:
-      kind: reglu (phi relu, psi identity), drelu (both relu), fatrelu (phi keeps what is greater than `threshold`), or
-        swiglu (phi silu).
+      up: None for an FFN of phi(gate x) alone.
+      activation: phi, `relu` (which keeps what is greater than the neuron's threshold) or `silu`.
+      up_activation: psi, `linear` or `relu`.
     """
     out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    return _call("dense_ffn", out)(_float32(x), *_flatten((gate, up, down_t)), **_activation(kind, threshold))
+    arrays = _flatten((gate, up, down_t))
+    return _call("dense_ffn", out)(_float32(x), *arrays, _float32(threshold), **_codes(up, activation, up_activation))
 
 
 def sparse_ffn(
     x: jax.Array,
     gate: Matrix,
-    up: Matrix,
+    up: Matrix | None,
     down_t: Matrix,
+    threshold: jax.Array,
     a: Matrix,
     b: Matrix,
     bias: jax.Array,
     *,
-    kind: str = "reglu",
-    threshold: float = 0.0,
+    activation: str = "relu",
+    up_activation: str = "linear",
     parallel: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The FFN over the neurons j with (b a x + bias)_j > 0, and no row of another neuron read.
@@ -97,18 +114,19 @@ def sparse_ffn(
 
     Args:
       x: (B, D).
-      gate, up, down_t: (F, D).
+      gate, up, down_t: (F, D); up may be None.
+      threshold: (F,).
       a, b, bias: (R, D), (F, R), (F,); the predictor.
-      kind, threshold: as in `dense_ffn`; swiglu has no zeros and is refused.
+      activation, up_activation: as in `dense_ffn`; silu has no zeros and is refused.
       parallel: compute gate and up of all predicted neurons; otherwise up of those that survive the gate alone.
 
     Returns:
-      y (B, D), and counts (B, 2) int32: neurons predicted, and those of them with phi(gate) * psi(up) != 0.
+      y (B, D), and counts (B, 2) int32: neurons predicted, and those of them whose hidden value is not zero.
     """
     outs = [jax.ShapeDtypeStruct(x.shape, jnp.float32), jax.ShapeDtypeStruct((x.shape[0], 2), jnp.int32)]
-    matrices = _flatten((gate, up, down_t, a, b))
-    options = _activation(kind, threshold) | {"parallel": np.bool_(parallel)}
-    return tuple(_call("sparse_ffn", outs)(_float32(x), *matrices, _float32(bias), **options))
+    arrays = *_flatten((gate, up, down_t)), _float32(threshold), *_flatten((a, b)), _float32(bias)
+    options = _codes(up, activation, up_activation) | {"parallel": np.bool_(parallel)}
+    return tuple(_call("sparse_ffn", outs)(_float32(x), *arrays, **options))
 
 
 def attend(
@@ -154,8 +172,12 @@ def _call(name, outs, **options):
     return jax.ffi.ffi_call(f"{_PREFIX}{name}", outs, **options)
 
 
-def _activation(kind: str, threshold: float) -> dict:
-    return {"kind": np.int64(_KINDS.index(kind)), "threshold": np.float32(threshold)}
+def _codes(up: Matrix | None, activation: str, up_activation: str) -> dict:
+    up_activation = "none" if up is None else up_activation
+    return {
+        "activation": np.int64(ACTIVATIONS.index(activation)),
+        "up_activation": np.int64(UP_ACTIVATIONS.index(up_activation)),
+    }
 
 
 def _float32(x: jax.Array) -> jax.Array:
@@ -167,6 +189,6 @@ def _rows(matrix: Matrix) -> int:
 
 
 def _flatten(matrices) -> list[jax.Array]:
-    """Values and scale of every matrix; the scale of a plain one is empty."""
+    """Values and scale of every matrix that is there; the scale of a plain one is empty."""
     empty = jnp.zeros((0,), jnp.float32)
-    return [part for m in matrices for part in (m if isinstance(m, tuple) else (m, empty))]
+    return [part for m in matrices if m is not None for part in (m if isinstance(m, tuple) else (m, empty))]

@@ -20,7 +20,12 @@ from pallas_kernels.tiles import Tiles, choose
 __all__ = ["Matrix", "Tiles", "attend", "dense_ffn", "linear", "sparse_ffn", "take_rows", "unavailable"]
 
 _OLDEST = (8, 0)
-_SPARSE = ("reglu", "drelu", "fatrelu")
+_ACTIVATIONS: dict[str, Callable] = {
+    "relu": lambda gate, threshold: jnp.where(gate > threshold, gate, 0),
+    "silu": lambda gate, threshold: jax.nn.silu(gate),
+}
+_UP_ACTIVATIONS: dict[str, Callable] = {"linear": lambda up: up, "relu": lambda up: jnp.maximum(up, 0)}
+_WITHOUT_ZEROS = ("silu",)
 
 
 def take_rows(matrix: Matrix, indices: jax.Array, columns: int) -> jax.Array:
@@ -50,32 +55,42 @@ def unavailable() -> str | None:
 
 
 def dense_ffn(
-    x: jax.Array, gate: Matrix, up: Matrix, down_t: Matrix, *, kind: str = "reglu", threshold: float = 0.0
+    x: jax.Array,
+    gate: Matrix,
+    up: Matrix | None,
+    down_t: Matrix,
+    threshold: jax.Array,
+    *,
+    activation: str = "relu",
+    up_activation: str = "linear",
 ) -> jax.Array:
-    """down_t^T (phi(gate x) * psi(up x)), (B, D), for x (B, D) and matrices (F, D).
+    """down_t^T (phi(gate x) * psi(up x)), (B, D), for x (B, D), matrices (F, D) and threshold (F,).
 
     Args:
-      kind: reglu (phi relu, psi identity), drelu (both relu), fatrelu (phi keeps what is greater than `threshold`), or
-        swiglu (phi silu).
+      up: None for an FFN of phi(gate x) alone.
+      activation: phi, `relu` (which keeps what is greater than the neuron's threshold) or `silu`.
+      up_activation: psi, `linear` or `relu`.
     """
-    if kind not in (*_SPARSE, "swiglu"):
-        raise ValueError(f"kind is {kind!r}; it must be {', '.join(_SPARSE)} or swiglu")
-    phi, psi = _activations(kind, threshold)
+    phi, psi = _functions(activation, up_activation)
     x = x.astype(jnp.float32)
-    return products.transposed(phi(products.linear(x, gate)) * psi(products.linear(x, up)), down_t)
+    hidden = phi(products.linear(x, gate), threshold)
+    if up is not None:
+        hidden = hidden * psi(products.linear(x, up))
+    return products.transposed(hidden, down_t)
 
 
 def sparse_ffn(
     x: jax.Array,
     gate: Matrix,
-    up: Matrix,
+    up: Matrix | None,
     down_t: Matrix,
+    threshold: jax.Array,
     a: Matrix,
     b: Matrix,
     bias: jax.Array,
     *,
-    kind: str = "reglu",
-    threshold: float = 0.0,
+    activation: str = "relu",
+    up_activation: str = "linear",
     parallel: bool = False,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -83,55 +98,58 @@ def sparse_ffn(
 
     Args:
       x: (B, D), every sequence with its own neurons.
-      gate, up, down_t: (F, D), of floats or int8 rows.
+      gate, up, down_t: (F, D), of floats or int8 rows; up may be None.
+      threshold: (F,) float32.
       a, b, bias: (R, D), (F, R), (F,); the predictor.
-      kind, threshold: as in `dense_ffn`; swiglu has no zeros and is refused.
+      activation, up_activation: as in `dense_ffn`; silu has no zeros and is refused.
       parallel: read gate and up of all predicted neurons; otherwise up of those that survive the gate alone.
       tiles: sizes; None for those of the GPU, shape and dtype.
 
     Returns:
-      y (B, D), and counts (B, 2) int32: neurons predicted, and those of them with phi(gate) * psi(up) != 0.
+      y (B, D), and counts (B, 2) int32: neurons predicted, and those of them whose hidden value is not zero.
 
     Raises:
-      ValueError: a matrix has the wrong shape or dtype, or the kind is not sparse.
+      ValueError: a matrix has the wrong shape or dtype, or the activation has no zeros.
     """
-    _check(x, gate, up, down_t, a, b, bias, kind)
-    phi, psi = _activations(kind, threshold)
+    phi, psi = _functions(activation, up_activation)
+    _check(x, gate, up, down_t, threshold, a, b, bias, activation)
     if tiles is None:
         tiles = choose(*values_of(gate).shape, str(values_of(gate).dtype))
     x = x.astype(jnp.float32)
     survivors, hidden, counts = kernels.predict_gate_up(
-        x, products.linear(x, a), b, bias, gate, up, phi=phi, psi=psi, parallel=parallel, tiles=tiles
+        x, products.linear(x, a), b, bias, gate, up, threshold, phi=phi, psi=psi, parallel=parallel, tiles=tiles
     )
     partial, totals = kernels.down(survivors, hidden, counts, down_t, tiles=tiles)
     return jnp.sum(partial, axis=1), totals
 
 
-def _activations(kind: str, threshold: float) -> tuple[Callable, Callable]:
+def _functions(activation: str, up_activation: str) -> tuple[Callable, Callable]:
     """phi and psi."""
-
-    def phi(gate):
-        return jax.nn.silu(gate) if kind == "swiglu" else jnp.where(gate > threshold, gate, 0)
-
-    def psi(up):
-        return jnp.maximum(up, 0) if kind == "drelu" else up
-
-    return phi, psi
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(_ACTIVATIONS)}")
+    if up_activation not in _UP_ACTIVATIONS:
+        raise ValueError(f"up_activation is {up_activation!r}; it must be one of {', '.join(_UP_ACTIVATIONS)}")
+    return _ACTIVATIONS[activation], _UP_ACTIVATIONS[up_activation]
 
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def _check(x, gate, up, down_t, a, b, bias, kind: str) -> None:
+def _check(x, gate, up, down_t, threshold, a, b, bias, activation: str) -> None:
     if x.ndim != 2 or bias.ndim != 1 or 0 in x.shape or 0 in bias.shape:
         raise ValueError(f"x and bias have shapes {x.shape} and {bias.shape}; they must be (B, D) and (F,), not empty")
     problems = []
-    if kind not in _SPARSE:
-        problems.append(f"kind is {kind!r}; a sparse FFN is {', '.join(_SPARSE)}")
+    if activation in _WITHOUT_ZEROS:
+        problems.append(f"activation is {activation!r}, which has no zeros to skip")
     width, (num_neurons,), rank = x.shape[1], bias.shape, values_of(a).shape[0]
-    wanted = {"gate": (num_neurons, width), "up": (num_neurons, width), "down_t": (num_neurons, width)}
-    wanted |= {"a": (rank, width), "b": (num_neurons, rank)}
-    for (name, (rows, columns)), matrix in zip(wanted.items(), (gate, up, down_t, a, b)):
+    if threshold.shape != bias.shape:
+        problems.append(f"threshold has shape {threshold.shape}, bias {bias.shape}; they must be the same")
+    neurons = (num_neurons, width)
+    wanted = {"gate": (gate, neurons), "up": (up, neurons), "down_t": (down_t, neurons)}
+    wanted |= {"a": (a, (rank, width)), "b": (b, (num_neurons, rank))}
+    if up is None:
+        del wanted["up"]
+    for name, (matrix, (rows, columns)) in wanted.items():
         values, dtype = values_of(matrix), values_of(matrix).dtype
         stored = (rows, -(-columns // 2) if dtype == jnp.uint8 else columns)
         if values.shape != stored:

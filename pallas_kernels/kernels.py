@@ -36,7 +36,8 @@ def predict_gate_up(
     b: Matrix,
     bias: jax.Array,
     gate: Matrix,
-    up: Matrix,
+    up: Matrix | None,
+    threshold: jax.Array,
     *,
     phi: Callable,
     psi: Callable,
@@ -49,8 +50,9 @@ def predict_gate_up(
       x: (B, D) float32.
       features: (B, R) float32, a x.
       b, bias: (F, R), (F,) float32.
-      gate, up: (F, D).
-      phi: activation of the gate, zero for a neuron that does not survive it; psi: of up.
+      gate, up: (F, D); up may be None.
+      threshold: (F,) float32.
+      phi: of a gate value and its neuron's threshold, zero for a neuron that does not survive; psi: of up.
       parallel: read up's rows beside gate's, not only those of neurons that survive the gate.
 
     Returns:
@@ -68,7 +70,9 @@ def predict_gate_up(
         refs = iter(refs)
         x_ref = next(refs)
         features_ref = next(refs)
-        b_ref, bias_ref, gate_ref, up_ref = _take(b, refs), next(refs), _take(gate, refs), _take(up, refs)
+        b_ref, bias_ref, gate_ref = _take(b, refs), next(refs), _take(gate, refs)
+        up_ref = None if up is None else _take(up, refs)
+        threshold_ref = next(refs)
         survivors_ref, hidden_ref, counts_ref = refs
         block, token = program_id(0), program_id(1)
         neurons = block * size + jnp.arange(size)
@@ -99,9 +103,10 @@ def predict_gate_up(
             # The neurons in those places, without going through memory.
             chosen = predicted[:, None] & (place[:, None] == slots[None])
             rows = jnp.sum(jnp.where(chosen, neurons[:, None], 0), axis=0)
-            activated = phi(dot(gate_ref, rows, wanted))
-            survives = wanted & (activated != 0)
-            hidden = activated * psi(dot(up_ref, rows, wanted if parallel else survives))
+            hidden = phi(dot(gate_ref, rows, wanted), load(threshold_ref, rows, mask=wanted))
+            survives = wanted & (hidden != 0)
+            if up_ref is not None:
+                hidden = hidden * psi(dot(up_ref, rows, wanted if parallel else survives))
             hidden = jnp.where(survives, hidden, 0)
             # Survivors first, in order; what comes after them the next step overwrites.
             keep = (hidden != 0).astype(jnp.int32)
@@ -123,7 +128,8 @@ def predict_gate_up(
         *_arrays(b),
         bias,
         *_arrays(gate),
-        *_arrays(up),
+        *(() if up is None else _arrays(up)),
+        threshold,
         name="predict_gate_up",
         grid=(blocks, batch),
         out_shape=[

@@ -28,7 +28,10 @@ _LANES = 64
 
 
 def random_layer(key: jax.Array, neurons: int, width: int, rank: int, dtype: str) -> list[Matrix]:
-    """gate, up, down_t, a, b and bias; the predictor has 4 bits."""
+    """gate, up, down_t, threshold, a, b and bias; the predictor has 4 bits.
+
+    The threshold is below any gate value, so that every predicted neuron is kept.
+    """
     keys = jax.random.split(key, 5)
 
     def weight(key):
@@ -42,7 +45,8 @@ def random_layer(key: jax.Array, neurons: int, width: int, rank: int, dtype: str
         return bits, jnp.full((rows,), columns**-0.5 / 4.6)  # the nibbles' deviation: scores of variance 1
 
     predictor = int4(keys[3], rank, width), int4(keys[4], neurons, rank)
-    return [*(weight(k) for k in keys[:3]), *predictor, jnp.full((neurons,), -1.28)]
+    threshold, bias = jnp.full((neurons,), -1e9), jnp.full((neurons,), -1.28)
+    return [*(weight(k) for k in keys[:3]), threshold, *predictor, bias]
 
 
 def measure(tiles: Tiles, x: jax.Array, layers: list[list[Matrix]], rounds: int) -> float:
@@ -52,8 +56,7 @@ def measure(tiles: Tiles, x: jax.Array, layers: list[list[Matrix]], rounds: int)
     def program(x, layers):
         def once(_, x):
             for layer in layers:
-                # Every predicted neuron is kept: the threshold is below any gate value.
-                x = x + 0 * sparse_ffn(x, *layer, kind="fatrelu", threshold=-1e9, tiles=tiles)[0]
+                x = x + 0 * sparse_ffn(x, *layer, tiles=tiles)[0]
             return x
 
         return jax.lax.fori_loop(0, REPEATS, once, x)

@@ -29,8 +29,8 @@ from jsparse.arrays import QuantizedRows
 from jsparse.decoding.forward import Model
 from jsparse.decoding.loop import DecodeState, decode_chunk
 from jsparse.decoding.sampling import Sampling
-from jsparse.executors.kernels import KernelExecutor
-from jsparse.model.ffn import FFNSpec
+from jsparse.executors.kernels import KernelExecutor, activations
+from jsparse.model.ffn import KINDS
 from jsparse.model.parameters import weight_shapes
 from jsparse.model.weights import Predictor
 from pallas_kernels.tiles import choose
@@ -91,12 +91,13 @@ def matrix(rows: int, columns: int, dtype: str, struct):
 
 
 def operands(case: tuple, struct) -> list:
-    """Shapes of x, gate, up, down_t, a, b and bias."""
+    """Shapes of x, gate, up, down_t, threshold, a, b and bias."""
     neurons, width, rank, batch, dtype, bits, _, _ = case
     low = {16: "bfloat16", 8: "int8", 4: "int4"}[bits]
     weights = [matrix(neurons, width, dtype, struct) for _ in range(3)]
     predictor = [matrix(rank, width, low, struct), matrix(neurons, rank, low, struct)]
-    return [struct(batch, width, dtype="float32"), *weights, *predictor, struct(neurons, dtype="float32")]
+    vector = struct(neurons, dtype="float32")
+    return [struct(batch, width, dtype="float32"), *weights, vector, *predictor, vector]
 
 
 def ffn(case: tuple, gpu: str | None = None):
@@ -105,7 +106,8 @@ def ffn(case: tuple, gpu: str | None = None):
     tiles = choose(neurons, width, dtype, gpu)
 
     def sparse_ffn(*arrays):
-        return pallas_kernels.sparse_ffn(*arrays, kind=kind, threshold=0.0, parallel=parallel, tiles=tiles)
+        options = activations(KINDS[kind])
+        return pallas_kernels.sparse_ffn(*arrays, **options, parallel=parallel, tiles=tiles)
 
     return sparse_ffn
 
@@ -181,7 +183,7 @@ def count_kernels(shape: str, layers: int, mesh, struct) -> int:
             state,
             sampling,
             struct(dtype="int32"),
-            model=Model(config, KernelExecutor("cuda"), FFNSpec.of(config)),
+            model=Model(config, KernelExecutor("cuda"), config.ffn_spec()),
         ).compile()
     (path,) = DUMP.glob("*decode_chunk*.thunk_sequence.txt")
     body = path.read_text().partition("body:")[2]

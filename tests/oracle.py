@@ -20,12 +20,19 @@ def matrix(stored) -> np.ndarray:
     return values.astype(np.float64) * np.asarray(stored.scale, np.float64)[:, None]
 
 
+ACTIVATIONS = {
+    "relu": lambda gate, threshold: np.where(gate > threshold, gate, 0),
+    "silu": lambda gate, threshold: gate / (1 + np.exp(-gate)),
+}
+
+
 def ffn(x, weights: FFNWeights, predictor: Predictor | None, spec: FFNSpec) -> tuple[np.ndarray, np.ndarray]:
     """y (B, D) and counts (B, 2) over the predicted neurons, or over all of them without a predictor."""
     x = np.asarray(x, np.float64)
-    gate, up = x @ matrix(weights.gate).T, x @ matrix(weights.up).T
-    hidden = gate / (1 + np.exp(-gate)) if spec.kind == "swiglu" else np.where(gate > spec.threshold, gate, 0)
-    hidden = hidden * (np.maximum(up, 0) if spec.kind == "drelu" else up)
+    hidden = ACTIVATIONS[spec.activation](x @ matrix(weights.gate).T, np.asarray(weights.threshold, np.float64))
+    if spec.up is not None:
+        up = x @ matrix(weights.up).T
+        hidden = hidden * (np.maximum(up, 0) if spec.up == "relu" else up)
     predicted = np.ones(hidden.shape, bool)
     if predictor is not None:
         scores = x @ matrix(predictor.a).T @ matrix(predictor.b).T + np.asarray(predictor.bias, np.float64)

@@ -23,7 +23,6 @@ from jsparse.arrays import QuantizedRows
 from jsparse.cli import calibrate
 from jsparse.executors.xla import Xla
 from jsparse.model.decoder import Decoder
-from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import apply
 from jsparse.model.weights import Linear
 from jsparse.predictors import state as calibration_state
@@ -60,7 +59,7 @@ def fit(params, texts=TOKENS, **options):
 
 def ffn_inputs(params: jsparse.Params, rows: np.ndarray) -> list[np.ndarray]:
     """FFN inputs (tokens, D) of every layer over the second half of the rows, without their first position."""
-    spec = FFNSpec.of(params.config)
+    spec = params.config.ffn_spec()
 
     def feed_forward(layer, x, ffn):
         return Xla().dense_ffn(x, ffn, spec), x
@@ -79,7 +78,7 @@ def test_reports_are_what_a_direct_computation_finds(kind, threshold, bos):
     fitted, reports = fit(params)
     rows = make_rows(params, TOKENS, CalibrationOptions(**OPTIONS))
     assert rows.size >= 790
-    spec = FFNSpec.of(config)
+    spec = config.ffn_spec()
     assert [report.layer for report in reports] == [0, 1, 2]
     for layer, (x, report) in enumerate(zip(ffn_inputs(params, rows), reports, strict=True)):
         weights, predictor = params.weights.layers[layer].ffn, fitted.predictors[layer]
@@ -180,7 +179,7 @@ def test_layer_bias_reaches_its_target(small):
 
 def test_neuron_thresholds_recall_more_importance_than_one_per_layer(small):
     rows = make_rows(small, TOKENS, CalibrationOptions(**OPTIONS))
-    x, weights, spec = ffn_inputs(small, rows)[2], small.weights.layers[2].ffn, FFNSpec.of(SMALL)
+    x, weights, spec = ffn_inputs(small, rows)[2], small.weights.layers[2].ffn, SMALL.ffn_spec()
     dense = oracle.ffn(x, weights, None, spec)[0]
 
     def error(**options):

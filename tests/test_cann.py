@@ -25,7 +25,7 @@ from cann_bridge.devices import weight_dtype
 from cann_bridge.ops import ops
 from jsparse.executors.npu import Npu
 from jsparse.executors.select import make_executor, select_executor
-from jsparse.model.ffn import FFNSpec
+from jsparse.model.ffn import KINDS
 from jsparse.model.weights import Linear
 
 ROOT = Path(__file__).parent.parent
@@ -55,15 +55,17 @@ def operands(*, batch=2, width=24, neurons=64, rank=8, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     shapes = [(batch, width), *[(neurons, width)] * 3, (rank, width), (neurons, rank), (neurons,)]
     x, *matrices, a, b, bias = (torch.randn(shape, generator=generator) for shape in shapes)
-    return [x, *(m.to(dtype) for m in matrices), a, b, bias]
+    return [x, *(m.to(dtype) for m in matrices), torch.full((neurons,), 0.3), a, b, bias]
 
 
-@pytest.mark.parametrize("kind", ["reglu", "drelu", "fatrelu"])
+@pytest.mark.parametrize("up", ["linear", "relu", None])
 @pytest.mark.parametrize(("parallel", "rows"), [(False, 0), (True, 0), (False, 48)])
-def test_opcheck(kind, parallel, rows):
-    arguments = (*operands(), kind, 0.3, parallel, rows)
-    torch.library.opcheck(ops().sparse_reglu_ffn.default, arguments)
-    torch.library.opcheck(ops().dense_reglu_ffn.default, (*operands()[:4], kind, 0.3))
+def test_opcheck(up, parallel, rows):
+    arrays = operands()
+    if up is None:
+        arrays[2] = None
+    torch.library.opcheck(ops().sparse_ffn.default, (*arrays, "relu", up or "linear", parallel, rows))
+    torch.library.opcheck(ops().dense_ffn.default, (*arrays[:5], "relu", up or "linear"))
 
 
 def cpp_compiler_works() -> bool:
@@ -86,8 +88,8 @@ def test_the_ops_compile(backend):
     arguments, defined = operands(), ops()
 
     def step(x, *rest):
-        y, counts = defined.sparse_reglu_ffn(x, *rest, "reglu")
-        return defined.dense_reglu_ffn(x + y, *rest[:3], "reglu") * 2, counts
+        y, counts = defined.sparse_ffn(x, *rest, "relu", "linear")
+        return defined.dense_ffn(x + y, *rest[:4], "relu", "linear") * 2, counts
 
     expected, compiled = step(*arguments), torch.compile(step, fullgraph=True, backend=backend)(*arguments)
     for one, other in zip(expected, compiled):
@@ -96,17 +98,17 @@ def test_the_ops_compile(backend):
 
 def test_a_fixed_number_of_rows_drops_the_lowest_scores():
     arguments = operands(batch=1)
-    exact, counts = ops().sparse_reglu_ffn(*arguments, "reglu")
+    exact, counts = ops().sparse_ffn(*arguments, "relu", "linear")
     predicted = int(counts[0, 0])
-    enough, _ = ops().sparse_reglu_ffn(*arguments, "reglu", 0.0, False, predicted)
+    enough, _ = ops().sparse_ffn(*arguments, "relu", "linear", False, predicted)
     torch.testing.assert_close(enough, exact)
-    fewer, fewer_counts = ops().sparse_reglu_ffn(*arguments, "reglu", 0.0, False, predicted - 5)
+    fewer, fewer_counts = ops().sparse_ffn(*arguments, "relu", "linear", False, predicted - 5)
     assert fewer_counts[0, 0] == predicted
-    x, gate, up, down_t, a, b, bias = arguments
+    x, *weights, a, b, bias = arguments
     scores = (x @ a.T @ b.T + bias)[0]
     lowest = scores.sort(descending=True).values[predicted - 5]
     kept = torch.where(scores > lowest, bias, -torch.inf)
-    torch.testing.assert_close(fewer, ops().sparse_reglu_ffn(x, gate, up, down_t, a, b, kept, "reglu")[0])
+    torch.testing.assert_close(fewer, ops().sparse_ffn(x, *weights, a, b, kept, "relu", "linear")[0])
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -212,15 +214,15 @@ def test_another_bias_is_another_predictor(fitted):
     ffn = executor.place_ffn(fitted.weights.layers[0].ffn)
     x = jax.random.normal(jax.random.key(0), (1, fitted.config.hidden_size))
     for given, some in ((predictor, True), (silent, False)):
-        _, counts = executor.sparse_ffn(x, ffn, executor.place_predictor(given), FFNSpec("reglu"))
+        _, counts = executor.sparse_ffn(x, ffn, executor.place_predictor(given), KINDS["reglu"])
         assert (counts[0, 0] > 0) == some
 
 
 def test_activations_beyond_float16(npu):
     """gate * up is 384^2, more than float16 holds, and comes out right."""
     one = jnp.ones((1, 1), jnp.float16)
-    handle = cann_bridge.place_ffn(384 * one, 384 * one, one / 1024, cann_bridge.device())
-    y = cann_bridge.dense_ffn(jnp.ones((1, 1)), handle, kind="reglu", threshold=0.0)
+    handle = cann_bridge.place_ffn(384 * one, 384 * one, one / 1024, jnp.zeros(1), cann_bridge.device())
+    y = cann_bridge.dense_ffn(jnp.ones((1, 1)), handle, activation="relu", up_activation="linear")
     np.testing.assert_allclose(y, 144.0, rtol=1e-3)
 
 
@@ -326,19 +328,20 @@ def test_what_jax_owns_is_borrowed_and_never_written():
     before = np.array(array)
     tensor = handover.resident(array, torch.device("cpu"))
     assert tensor.data_ptr() == array.unsafe_buffer_pointer()
-    handle = cann_bridge.place_ffn(array, array, array, cann_bridge.device("cpu"))
-    cann_bridge.dense_ffn(jnp.ones((1, 32)), handle, kind="reglu", threshold=0.0).block_until_ready()
+    handle = cann_bridge.place_ffn(array, array, array, jnp.zeros(64), cann_bridge.device("cpu"))
+    y = cann_bridge.dense_ffn(jnp.ones((1, 32)), handle, activation="relu", up_activation="linear")
+    y.block_until_ready()
     np.testing.assert_array_equal(array, before)
 
 
 def test_tensors_go_when_their_arrays_go():
     gc.collect()
     before = handover.counts()
-    array = jax.random.normal(jax.random.key(0), (64, 32))
-    handle = cann_bridge.place_ffn(array, array, array, cann_bridge.device("cpu"))
-    # The matrix, and which handle stands for it three times.
-    assert handover.counts() == (before[0] + 2, before[1] + 1)
-    del handle, array
+    array, threshold = jax.random.normal(jax.random.key(0), (64, 32)), jnp.zeros(64)
+    handle = cann_bridge.place_ffn(array, array, array, threshold, cann_bridge.device("cpu"))
+    # The matrix, the threshold, and which handle stands for the one three times and the other.
+    assert handover.counts() == (before[0] + 3, before[1] + 1)
+    del handle, array, threshold
     gc.collect()
     assert handover.counts() == before
 
@@ -378,7 +381,7 @@ def small_layer(executor: Npu):
     from test_executors import problem
 
     x, ffn, predictor = problem(batch=1)
-    return x, executor.place_ffn(ffn), executor.place_predictor(predictor), FFNSpec("reglu")
+    return x, executor.place_ffn(ffn), executor.place_predictor(predictor), KINDS["reglu"]
 
 
 def resident_memory() -> int:
@@ -412,8 +415,8 @@ def test_an_exception_in_an_op_reaches_the_caller():
     expected = run(x, ffn, predictor, spec=spec)[0]
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"have shapes .* which do not fit one another"):
         jax.block_until_ready(run(x[:, :5], ffn, predictor, spec=spec))
-    with pytest.raises(ValueError, match="kind is 'swiglu'; a sparse FFN is reglu"):
-        ops().sparse_reglu_ffn(*operands(), "swiglu")
+    with pytest.raises(ValueError, match="activation is 'silu', which has no zeros to skip"):
+        ops().sparse_ffn(*operands(), "silu", "linear")
     np.testing.assert_array_equal(run(x, ffn, predictor, spec=spec)[0], expected)
 
 
@@ -422,8 +425,9 @@ def test_threads_that_use_the_bridge_first():
 import threading, jax.numpy as jnp, cann_bridge
 def work(i):
     w = jnp.ones((8, 4))
-    with_handle = cann_bridge.place_ffn(w, w, w, cann_bridge.device("cpu"))
-    results[i] = float(cann_bridge.dense_ffn(jnp.ones((1, 4)), with_handle, kind="reglu", threshold=0.0).sum())
+    with_handle = cann_bridge.place_ffn(w, w, w, jnp.zeros(8), cann_bridge.device("cpu"))
+    y = cann_bridge.dense_ffn(jnp.ones((1, 4)), with_handle, activation="relu", up_activation="linear")
+    results[i] = float(y.sum())
 results = {}
 threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
 [t.start() for t in threads]

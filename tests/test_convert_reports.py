@@ -22,7 +22,6 @@ from convert.config import read_config
 from convert.config_writer import write_config
 from jsparse.executors.xla import Xla
 from jsparse.model.decoder import Decoder
-from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import apply
 
 MISTRAL = ROWS["dense-mistral"] | {"sliding_window": 3}
@@ -32,7 +31,7 @@ IDS = np.random.default_rng(0).integers(0, 64, (1, 24))
 
 
 def logits(params: jsparse.Params) -> np.ndarray:
-    spec = FFNSpec.of(params.config)
+    spec = params.config.ffn_spec()
     decoder = Decoder(params.config, Xla())
     ids, positions = jnp.asarray(IDS, jnp.int32), jnp.arange(IDS.shape[1])[None]
     return np.asarray(

@@ -14,6 +14,7 @@ import cpu_kernels
 import jsparse
 from jsparse.executors import select
 from jsparse.executors.xla import Xla
+from jsparse.model.ffn import KINDS
 
 ROOT = Path(__file__).parent.parent
 needs_native = pytest.mark.skipif(
@@ -44,16 +45,22 @@ def matrices(width=16, neurons=24):
             r"weight 0's scale has shape \(23\), expected \(24\)",
         ),
         (
-            lambda x, g, u, d: cpu_kernels.dense_ffn(x, g, u[:7], d),
+            lambda x, g, u, d: cpu_kernels.dense_ffn(x, g, u[:7], d, jnp.zeros(24)),
             r"dense_ffn: up has shape \(7, 16\), expected \(24, 16\)",
         ),
         (
-            lambda x, g, u, d: cpu_kernels.sparse_ffn(x, g, u, d, g[:4], u[:, :5], jnp.zeros(9)),
+            lambda x, g, u, d: cpu_kernels.sparse_ffn(x, g, u, d, jnp.zeros(24), g[:4], u[:, :5], jnp.zeros(9)),
             r"sparse_ffn: b has shape \(24, 5\), expected \(24, 4\); bias has shape \(9\), expected \(24\)",
         ),
         (
-            lambda x, g, u, d: cpu_kernels.sparse_ffn(x, g, u, d, g[:4], u[:, :4], jnp.zeros(24), kind="swiglu"),
-            "sparse_ffn: kind is 3, expected 0 to 2",
+            lambda x, g, u, d: cpu_kernels.sparse_ffn(
+                x, g, u, d, jnp.zeros(24), g[:4], u[:, :4], jnp.zeros(24), activation="silu"
+            ),
+            "sparse_ffn: activation is silu, which has no zeros to skip",
+        ),
+        (
+            lambda x, g, u, d: cpu_kernels.dense_ffn(x, g, None, d, jnp.zeros(23)),
+            r"dense_ffn: threshold has shape \(23\), expected \(24\)",
         ),
         (
             lambda x, g, u, d: cpu_kernels.attend(
@@ -96,21 +103,29 @@ def test_wrong_arguments_are_named(call, message):
         jax.block_until_ready(call(x, *matrices()))
 
 
+@needs_native
+def test_the_native_names_are_those_of_python():
+    assert cpu_kernels.native_names() == (cpu_kernels.ACTIVATIONS, cpu_kernels.UP_ACTIVATIONS)
+    for kind, spec in KINDS.items():
+        assert spec.activation in cpu_kernels.ACTIVATIONS, kind
+        assert (spec.up or "none") in cpu_kernels.UP_ACTIVATIONS, kind
+
+
 _HASHED = """
 import hashlib, jax, jax.numpy as jnp, numpy as np
 import cpu_kernels, jsparse
 from jsparse.predictors.texts import default_texts
 from test_executors import problem
 from jsparse.executors.kernels import KernelExecutor
-from jsparse.model.ffn import FFNSpec
+from jsparse.model.ffn import KINDS
 from jsparse.model.weights import Linear
 cpu = KernelExecutor("cpu")
 parts = [cpu_kernels.num_threads() * 0]
 for storage in ("float32", "bfloat16", "int8"):
     x, ffn, predictor = problem(storage=storage, bits=4, width=200, neurons=900, rank=60)
-    parts += [*cpu.sparse_ffn(x, ffn, predictor, FFNSpec()), cpu.dense_ffn(x, ffn, FFNSpec())]
+    parts += [*cpu.sparse_ffn(x, ffn, predictor, KINDS["reglu"]), cpu.dense_ffn(x, ffn, KINDS["reglu"])]
     parts += cpu.project(x, [Linear(ffn.gate)])
-    parts.append(cpu.dense_ffn(jnp.tile(x, (20, 1)), ffn, FFNSpec()))
+    parts.append(cpu.dense_ffn(jnp.tile(x, (20, 1)), ffn, KINDS["reglu"]))
 print(int(cpu_kernels.num_threads()), hashlib.sha256(b"".join(np.asarray(p).tobytes() for p in parts)).hexdigest())
 """
 
@@ -152,7 +167,9 @@ def test_the_cache_is_updated_in_place_in_a_loop():
 @needs_native
 def test_weights_are_not_copied():
     x, (gate, up, down) = jnp.ones((1, 512)), matrices(512, 4096)
-    compiled = jax.jit(lambda x, *m: cpu_kernels.dense_ffn(x, *m)).lower(x, gate, up, down).compile()
+    compiled = (
+        jax.jit(lambda x, *m: cpu_kernels.dense_ffn(x, *m, jnp.zeros(m[0].shape[0]))).lower(x, gate, up, down).compile()
+    )
     assert compiled.memory_analysis().temp_size_in_bytes < gate.nbytes / 10
 
 

@@ -12,14 +12,22 @@ import simulated_npu
 from jsparse.arrays import QuantizedRows, quantize_rows
 from jsparse.executors.npu import Npu
 from jsparse.executors.select import EXECUTORS, make_executor, select_executor, unavailable
-from jsparse.model.ffn import FFNSpec
+from jsparse.model.ffn import KINDS, FFNSpec
 from jsparse.model.weights import FFNWeights, Linear, Predictor
 
-SPECS = [
-    FFNSpec(kind, threshold, pipeline)
-    for kind, threshold in (("reglu", 0.0), ("drelu", 0.0), ("fatrelu", 0.3))
+DENSE_FFNS = [*KINDS.items(), ("without up", FFNSpec("relu", up=None))]
+SPARSE_FFNS = [
+    (f"{name}-{pipeline}", dataclasses.replace(spec, pipeline=pipeline))
+    for name, spec in DENSE_FFNS
+    if spec.has_zeros
     for pipeline in ("sequential", "parallel")
 ]
+
+
+def by_name(ffns):
+    return pytest.mark.parametrize(("name", "spec"), [pytest.param(*ffn, id=ffn[0]) for ffn in ffns])
+
+
 TOLERANCE = 1e-5
 """Relative to the largest output, float32 arithmetic against float64 on the same stored weights."""
 
@@ -72,8 +80,23 @@ def sparse_ffn(executor, x, ffn, predictor, spec):
     return jax.jit(executor.sparse_ffn, static_argnames="spec")(x, ffn, predictor, spec=spec)
 
 
-def problem(*, batch=3, width=96, neurons=300, rank=24, bits=16, storage="float32", predicted="some", seed=0):
-    """x, weights and predictor; neurons is no multiple of any block size, and an odd rank ends in half a byte."""
+def problem(
+    *,
+    batch=3,
+    width=96,
+    neurons=300,
+    rank=24,
+    bits=16,
+    storage="float32",
+    predicted="some",
+    name="reglu",
+    spec=KINDS["reglu"],
+    seed=0,
+):
+    """x, weights and predictor; neurons is no multiple of any block size, and an odd rank ends in half a byte.
+
+    Of FATReLU, every neuron has a threshold of its own.
+    """
     keys = jax.random.split(jax.random.key(seed), 7)
 
     def store(matrix):
@@ -92,7 +115,8 @@ def problem(*, batch=3, width=96, neurons=300, rank=24, bits=16, storage="float3
         "some": jnp.asarray(some[farthest, np.arange(neurons)]),
         "all": jnp.full(neurons, jnp.inf),
     }[predicted]
-    return x, FFNWeights(gate, up, down_t), Predictor(a, b, bias)
+    threshold = jnp.linspace(0.1, 0.5, neurons) if name.startswith("fatrelu") else jnp.zeros(neurons)
+    return x, FFNWeights(gate, None if spec.up is None else up, down_t, threshold), Predictor(a, b, bias)
 
 
 def check(executor, x, ffn, predictor, spec):
@@ -106,12 +130,12 @@ def check(executor, x, ffn, predictor, spec):
     return counts
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind}-{s.pipeline}")
+@by_name(SPARSE_FFNS)
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("predicted", ["none", "some", "all"])
-def test_sparse_ffn_is_the_ffn_of_the_predicted_neurons(executor, spec, bits, batch, predicted):
-    counts = check(executor, *problem(batch=batch, bits=bits, predicted=predicted), spec)
+def test_sparse_ffn_is_the_ffn_of_the_predicted_neurons(executor, name, spec, bits, batch, predicted):
+    counts = check(executor, *problem(batch=batch, bits=bits, predicted=predicted, name=name, spec=spec), spec)
     shares = np.asarray(counts)[:, 0] / 300
     assert {"none": (shares == 0), "some": (shares > 0.2) & (shares < 0.8), "all": (shares == 1)}[predicted].all()
 
@@ -120,23 +144,22 @@ def test_sparse_ffn_is_the_ffn_of_the_predicted_neurons(executor, spec, bits, ba
 @pytest.mark.parametrize("predicted", ["none", "some", "all"])
 @pytest.mark.parametrize(("batch", "bits"), [(1, 4), (8, 16), (11, 8)])
 def test_sparse_ffn_on_stored_weights(executor, storage, predicted, batch, bits):
-    spec = FFNSpec("drelu", 0.0, "parallel" if batch == 8 else "sequential")
+    spec = dataclasses.replace(KINDS["drelu"], pipeline="parallel" if batch == 8 else "sequential")
     check(executor, *problem(storage=storage, predicted=predicted, batch=batch, bits=bits), spec)
 
 
 @pytest.mark.parametrize(("width", "neurons", "rank"), [(8, 1, 1), (33, 127, 7), (64, 128, 1), (31, 257, 31)])
 def test_sparse_ffn_at_odd_shapes(executor, width, neurons, rank):
     for bits in (16, 8, 4):
-        check(executor, *problem(width=width, neurons=neurons, rank=rank, bits=bits), FFNSpec("reglu"))
+        check(executor, *problem(width=width, neurons=neurons, rank=rank, bits=bits), KINDS["reglu"])
 
 
-@pytest.mark.parametrize("kind", ["reglu", "drelu", "fatrelu", "swiglu"])
+@by_name(DENSE_FFNS)
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("tokens", [(1,), (3,), (2, 40), (600,)])
-def test_dense_ffn_is_the_ffn_of_all_neurons(executor, kind, storage, tokens):
+def test_dense_ffn_is_the_ffn_of_all_neurons(executor, name, spec, storage, tokens):
     """Of a decode step and of a prefill, which executors may compute in different ways."""
-    x, ffn, _ = problem(batch=int(np.prod(tokens)), storage=storage)
-    spec = FFNSpec(kind, 0.3 if kind == "fatrelu" else 0.0)
+    x, ffn, _ = problem(batch=int(np.prod(tokens)), storage=storage, name=name, spec=spec)
     expected, _ = oracle.ffn(x, ffn, None, spec)
     allowed = tolerance(executor, storage)
     if isinstance(executor, Npu):
@@ -208,10 +231,11 @@ def test_sparse_ffn_reads_no_row_that_is_not_predicted(executor):
     x, ffn, predictor = problem(batch=1)
     scores = np.asarray(x, np.float64) @ oracle.matrix(predictor.a).T @ oracle.matrix(predictor.b).T
     keep = jnp.asarray(scores[0] + np.asarray(predictor.bias) > 0)[:, None]
-    poisoned = FFNWeights(*(jnp.where(keep, m, jnp.nan) for m in (ffn.gate, ffn.up, ffn.down_t)))
-    for spec in SPECS:
-        y, _ = sparse_ffn(executor, x, poisoned, predictor, spec)
-        expected, _ = oracle.ffn(x, ffn, predictor, spec)
+    for _, spec in SPARSE_FFNS:
+        up = None if spec.up is None else ffn.up
+        matrices = (None if m is None else jnp.where(keep, m, jnp.nan) for m in (ffn.gate, up, ffn.down_t))
+        y, _ = sparse_ffn(executor, x, FFNWeights(*matrices, ffn.threshold), predictor, spec)
+        expected, _ = oracle.ffn(x, dataclasses.replace(ffn, up=up), predictor, spec)
         np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 

@@ -22,7 +22,6 @@ from jsparse.decoding.loop import decode_chunk, prefill
 from jsparse.decoding.sampling import sample
 from jsparse.executors.xla import Xla
 from jsparse.model.decoder import Decoder
-from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import apply
 from jsparse.model.weights import Linear, Predictor
 from jsparse.text.tokenizer import Tokenizer
@@ -104,13 +103,15 @@ def naive(params: jsparse.Params, prompt: np.ndarray, steps: int) -> tuple[np.nd
 
     The FFN is written out with masks: dense over the prompt, restricted to the predicted neurons behind it.
     """
-    config, spec, length = params.config, FFNSpec.of(params.config), 64
+    config, length = params.config, 64
     tokens, counts = np.zeros(length, np.int32), None
     tokens[: len(prompt)] = prompt
 
     def restricted(x, ffn, predictor, is_decoded):
         gate, up, down_t = (jnp.asarray(oracle.matrix(m), jnp.float32) for m in (ffn.gate, ffn.up, ffn.down_t))
-        hidden = jnp.where(x @ gate.T > spec.threshold, x @ gate.T, 0) * spec.psi(x @ up.T)
+        both = x @ up.T
+        both = jnp.maximum(both, 0) if config.ffn_kind == "drelu" else both
+        hidden = jnp.where(x @ gate.T > config.ffn_threshold, x @ gate.T, 0) * both
         if predictor is None:
             return hidden @ down_t, jnp.zeros(2, jnp.int32)
         a, b = (jnp.asarray(oracle.matrix(m), jnp.float32) for m in (predictor.a, predictor.b))

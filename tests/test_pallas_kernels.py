@@ -25,10 +25,11 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def random_operands(*, batch=2, width=48, neurons=200, rank=16, seed=0) -> list[jax.Array]:
-    """x, gate, up, down_t, a, b and bias, of which about half of the neurons are predicted."""
+    """x, gate, up, down_t, threshold, a, b and bias, of which about half of the neurons are predicted."""
     keys = jax.random.split(jax.random.key(seed), 7)
     shapes = [(batch, width), *[(neurons, width)] * 3, (rank, width), (neurons, rank), (neurons,)]
-    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+    operands = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+    return [*operands[:4], jnp.zeros(neurons), *operands[4:]]
 
 
 @pytest.mark.parametrize(
@@ -49,22 +50,28 @@ def test_the_result_does_not_depend_on_the_tiles(tiles):
 
 
 def test_wrong_operands_are_named():
-    x, gate, up, down_t, a, b, bias = random_operands()
-    with pytest.raises(ValueError, match="'swiglu'; a sparse FFN is reglu, drelu, fatrelu"):
-        pallas_kernels.sparse_ffn(x, gate, up, down_t, a, b, bias, kind="swiglu")
+    x, gate, up, down_t, threshold, *predictor = random_operands()
+    a, b, bias = predictor
+    sparse_ffn = pallas_kernels.sparse_ffn
+    with pytest.raises(ValueError, match="activation is 'silu', which has no zeros to skip"):
+        sparse_ffn(x, gate, up, down_t, threshold, *predictor, activation="silu")
     with pytest.raises(ValueError, match=r"up has shape \(199, 48\), which is not that of \(200, 48\); b has shape"):
-        pallas_kernels.sparse_ffn(x, gate, up[1:], down_t, a, b.T, bias)
+        sparse_ffn(x, gate, up[1:], down_t, threshold, a, b.T, bias)
     with pytest.raises(ValueError, match="gate is int8 without scales"):
-        pallas_kernels.sparse_ffn(x, gate.astype(jnp.int8), up, down_t, a, b, bias)
+        sparse_ffn(x, gate.astype(jnp.int8), up, down_t, threshold, *predictor)
     with pytest.raises(ValueError, match=r"gate is int8 with scales \(10,\); int8 or uint8 with \(200,\)"):
-        pallas_kernels.sparse_ffn(x, (gate.astype(jnp.int8), jnp.ones(10)), up, down_t, a, b, bias)
+        sparse_ffn(x, (gate.astype(jnp.int8), jnp.ones(10)), up, down_t, threshold, *predictor)
     with pytest.raises(ValueError, match=r"x and bias have shapes \(48,\) and \(200,\)"):
-        pallas_kernels.sparse_ffn(x[0], gate, up, down_t, a, b, bias)
-    with pytest.raises(ValueError, match="kind is 'relu'; it must be reglu"):
-        pallas_kernels.dense_ffn(x, gate, up, down_t, kind="relu")
+        sparse_ffn(x[0], gate, up, down_t, threshold, *predictor)
+    with pytest.raises(ValueError, match=r"threshold has shape \(9,\), bias \(200,\)"):
+        sparse_ffn(x, gate, up, down_t, threshold[:9], *predictor)
+    with pytest.raises(ValueError, match="activation is 'gelu'; it must be one of relu, silu"):
+        pallas_kernels.dense_ffn(x, gate, up, down_t, threshold, activation="gelu")
+    with pytest.raises(ValueError, match="up_activation is 'silu'; it must be one of linear, relu"):
+        pallas_kernels.dense_ffn(x, gate, up, down_t, threshold, up_activation="silu")
     packed = (jnp.zeros((200, 24), jnp.uint8), jnp.ones(200))
     with pytest.raises(ValueError, match="up has 4 bits"):
-        pallas_kernels.sparse_ffn(x, gate, packed, down_t, a, b, bias)
+        sparse_ffn(x, gate, packed, down_t, threshold, *predictor)
 
 
 def test_tiles_of_a_gpu_older_or_newer_than_those_known():
@@ -229,7 +236,7 @@ def test_the_tuner_finds_the_fastest_tiles(monkeypatch):
     x, layer = jnp.ones((1, 32)), tune.random_layer(jax.random.key(0), 64, 32, 8, "int8")
     monkeypatch.setattr(tune, "REPEATS", 2)
     assert tune.measure(Tiles(), x, [layer], rounds=1) > 0
-    _, counts = pallas_kernels.sparse_ffn(x, *layer, kind="fatrelu", threshold=-1e9)
+    _, counts = pallas_kernels.sparse_ffn(x, *layer)
     assert 0 < counts[0, 0] == counts[0, 1] < 64
     wanted = Tiles(neurons=64, rows=2, gate_warps=4, groups=8, slots=2, down_columns=256, down_warps=8)
 

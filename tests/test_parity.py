@@ -1,15 +1,16 @@
 """Logits agree with transformers, and with a plain PyTorch forward where transformers has no class."""
 
 import checkpoints
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, ROWS
 
 from convert import from_huggingface, to_huggingface
-from jsparse.executors.xla import Xla
+from jsparse.executors.xla import Xla, activate
 from jsparse.model.decoder import Decoder
-from jsparse.model.ffn import FFNSpec
+from jsparse.model.ffn import KINDS
 from jsparse.model.layers import apply
 from jsparse.model.weights import Params
 
@@ -19,7 +20,7 @@ TOLERANCE = 1e-4
 
 def logits_of(params: Params, ids: np.ndarray) -> np.ndarray:
     """Logits (B, T, V) of our decoder, through the reference executor."""
-    spec = FFNSpec.of(params.config)
+    spec = params.config.ffn_spec()
     decoder = Decoder(params.config, Xla())
 
     def feed_forward(layer, x, ffn):
@@ -124,8 +125,8 @@ def test_plain_pytorch_agrees_with_transformers(tmp_path):
 
 
 def test_fatrelu_keeps_what_is_strictly_greater():
-    spec = FFNSpec("fatrelu", 0.25)
-    np.testing.assert_array_equal(spec.phi(np.float32([-1, 0.2, 0.25, 0.5])), np.float32([0, 0, 0, 0.5]))
+    gate = jnp.asarray([-1, 0.2, 0.25, 0.5], jnp.float32)
+    np.testing.assert_array_equal(activate(KINDS["fatrelu"], gate, jnp.float32(0.25)), np.float32([0, 0, 0, 0.5]))
 
 
 @pytest.mark.parametrize("name", ["relu llama", "tied llama", "llama3 scaling", "linear scaling", "relu qwen2"])

@@ -100,11 +100,26 @@ Pool PoolOf(ffi::ThreadPool& threads) {
   return {threads.num_threads(), [&threads](std::function<void()> task) { threads.Schedule(std::move(task)); }};
 }
 
-Ffn FfnArgs(Call& call, int64_t width) {
+// An attribute that stands for one of `names`.
+template <class Enum, size_t kCount>
+Enum Choice(Call& call, const char* attribute, int64_t value, const char* const (&names)[kCount]) {
+  if (value >= 0 && value < static_cast<int64_t>(kCount)) return static_cast<Enum>(value);
+  call.check.Fail(std::string(attribute) + " is " + std::to_string(value) + ", expected 0 to " +
+                  std::to_string(kCount - 1));
+  return Enum{};
+}
+
+FfnSpec SpecOf(Call& call, int64_t activation, int64_t up_activation, bool parallel) {
+  return {Choice<Activation>(call, "activation", activation, kActivations),
+          Choice<UpActivation>(call, "up_activation", up_activation, kUpActivations), parallel};
+}
+
+Ffn FfnArgs(Call& call, const FfnSpec& spec, int64_t width) {
   Ffn ffn;
   ffn.gate = call.MatrixArg("gate", -1, width);
-  ffn.up = call.MatrixArg("up", ffn.gate.rows, width);
+  if (spec.up != UpActivation::kNone) ffn.up = call.MatrixArg("up", ffn.gate.rows, width);
   ffn.down_t = call.MatrixArg("down_t", ffn.gate.rows, width);
+  ffn.threshold = call.Vectors("threshold", {ffn.gate.rows});
   return ffn;
 }
 
@@ -140,35 +155,34 @@ ffi::Error LinearHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::
   return ffi::Error::Success();
 }
 
-ffi::Error DenseFfnHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t kind,
-                           float threshold) {
+ffi::Error DenseFfnHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                           int64_t activation, int64_t up_activation) {
   Call call("dense_ffn", args, rets);
   const auto [x, dims] = call.X();
   if (!call.ok()) return call.Wrong();
-  const Ffn ffn = FfnArgs(call, dims[1]);
+  const FfnSpec spec = SpecOf(call, activation, up_activation, false);
+  const Ffn ffn = FfnArgs(call, spec, dims[1]);
   float* y = static_cast<float*>(call.Ret("y", Element::kF32, dims));
-  if (kind < 0 || kind > 3) call.check.Fail("kind is " + std::to_string(kind) + ", expected 0 to 3");
   if (!call.complete()) return call.Wrong();
-  const FfnSpec spec{static_cast<FfnKind>(kind), threshold, false};
   DenseFfn({BestKernels(), PoolOf(threads)}, x, dims[0], ffn, spec, y);
   return ffi::Error::Success();
 }
 
-ffi::Error SparseFfnHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t kind,
-                            float threshold, bool parallel) {
+ffi::Error SparseFfnHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                            int64_t activation, int64_t up_activation, bool parallel) {
   Call call("sparse_ffn", args, rets);
   const auto [x, dims] = call.X();
   if (!call.ok()) return call.Wrong();
-  const Ffn ffn = FfnArgs(call, dims[1]);
+  const FfnSpec spec = SpecOf(call, activation, up_activation, parallel);
+  if (spec.activation == Activation::kSilu) call.check.Fail("activation is silu, which has no zeros to skip");
+  const Ffn ffn = FfnArgs(call, spec, dims[1]);
   Predictor predictor;
   predictor.a = call.MatrixArg("a", -1, dims[1]);
   predictor.b = call.MatrixArg("b", ffn.gate.rows, predictor.a.rows);
   predictor.bias = call.Vectors("bias", {ffn.gate.rows});
   float* y = static_cast<float*>(call.Ret("y", Element::kF32, dims));
   int32_t* counts = static_cast<int32_t*>(call.Ret("counts", Element::kI32, {dims[0], 2}));
-  if (kind < 0 || kind > 2) call.check.Fail("kind is " + std::to_string(kind) + ", expected 0 to 2");
   if (!call.complete()) return call.Wrong();
-  const FfnSpec spec{static_cast<FfnKind>(kind), threshold, parallel};
   SparseFfn({BestKernels(), PoolOf(threads)}, x, dims[0], ffn, predictor, spec, y, counts);
   return ffi::Error::Success();
 }
@@ -241,15 +255,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kLinear, LinearHandler,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     kDenseFfn, DenseFfnHandler,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("kind").Attr<float>(
-        "threshold"));
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("activation").Attr<int64_t>(
+        "up_activation"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kSparseFfn, SparseFfnHandler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .RemainingArgs()
                                   .RemainingRets()
-                                  .Attr<int64_t>("kind")
-                                  .Attr<float>("threshold")
+                                  .Attr<int64_t>("activation")
+                                  .Attr<int64_t>("up_activation")
                                   .Attr<bool>("parallel"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     kAttend, AttendHandler,
@@ -280,8 +294,26 @@ PyObject* Handlers(PyObject*, PyObject*) {
 
 PyObject* InstructionSet(PyObject*, PyObject*) { return PyUnicode_FromString(BestKernels().name); }
 
+template <size_t kCount>
+PyObject* Tuple(const char* const (&names)[kCount]) {
+  PyObject* result = PyTuple_New(kCount);
+  for (size_t i = 0; result && i < kCount; ++i) {
+    PyObject* name = PyUnicode_FromString(names[i]);
+    if (!name || PyTuple_SetItem(result, i, name)) {
+      Py_DECREF(result);
+      return nullptr;
+    }
+  }
+  return result;
+}
+
+PyObject* Activations(PyObject*, PyObject*) { return Tuple(kActivations); }
+PyObject* UpActivations(PyObject*, PyObject*) { return Tuple(kUpActivations); }
+
 PyMethodDef kMethods[] = {
     {"handlers", Handlers, METH_NOARGS, "XLA FFI handlers by name, as capsules."},
+    {"activations", Activations, METH_NOARGS, "The names of what is applied to gate values, in the order of their codes."},
+    {"up_activations", UpActivations, METH_NOARGS, "The same of up values."},
     {"instruction_set", InstructionSet, METH_NOARGS, "Which of the compiled kernels this processor runs."},
     {nullptr, nullptr, 0, nullptr},
 };

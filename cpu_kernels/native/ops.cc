@@ -113,12 +113,22 @@ void LinearBlock(const Context& context, const float* x, int64_t num_x, const st
   phases.Run(context.pool, bytes * CeilDiv(num_x, kFew));
 }
 
-float Phi(const FfnSpec& spec, float gate) {
-  if (spec.kind == FfnKind::kSwiglu) return gate / (1.0f + std::exp(-gate));
-  return gate > spec.threshold ? gate : 0.0f;
+float Phi(const FfnSpec& spec, float gate, float threshold) {
+  switch (spec.activation) {
+    case Activation::kRelu: return gate > threshold ? gate : 0.0f;
+    case Activation::kSilu: return gate / (1.0f + std::exp(-gate));
+  }
+  return 0;
 }
 
-float Psi(const FfnSpec& spec, float up) { return spec.kind == FfnKind::kDrelu ? std::max(up, 0.0f) : up; }
+float Psi(const FfnSpec& spec, float up) { return spec.up == UpActivation::kRelu ? std::max(up, 0.0f) : up; }
+bool HasUp(const FfnSpec& spec) { return spec.up != UpActivation::kNone; }
+
+// hidden = phi(hidden) * psi(up) of n neurons that follow one another.
+void Activate(const FfnSpec& spec, const float* threshold, int64_t n, const float* up, float* hidden) {
+  for (int64_t i = 0; i < n; ++i) hidden[i] = Phi(spec, hidden[i], threshold[i]);
+  for (int64_t i = 0; i < n && HasUp(spec); ++i) hidden[i] *= Psi(spec, up[i]);
+}
 
 // Sums over neurons by slot: slot s of token m is accumulated at Slot(s, m), then the slots are added in order.
 class SlotSums {
@@ -161,7 +171,8 @@ void DenseFfnFew(const Context& context, const float* x, int64_t num_x, const Ff
   arena.Begin();
   Phases phases;
   Arranged arranged(context, arena, x, num_x, ffn.gate.cols);
-  const auto gate_x = arranged.For(ffn.gate.type, phases), up_x = arranged.For(ffn.up.type, phases);
+  const auto gate_x = arranged.For(ffn.gate.type, phases);
+  const auto up_x = HasUp(spec) ? arranged.For(ffn.up.type, phases) : gate_x;
   SlotSums sums(context, arena, ffn.down_t, num_x);
   phases.Add(kSlots, [&](int64_t slot) {
     sums.Clear(slot);
@@ -171,8 +182,10 @@ void DenseFfnFew(const Context& context, const float* x, int64_t num_x, const Ff
     float* hidden = own.Take<float>(num_x * neurons.count);
     float* up = own.Take<float>(num_x * neurons.count);
     kernels.dots(ffn.gate, neurons, gate_x.x, gate_x.stride, num_x, hidden, neurons.count);
-    kernels.dots(ffn.up, neurons, up_x.x, up_x.stride, num_x, up, neurons.count);
-    for (int64_t i = 0; i < num_x * neurons.count; ++i) hidden[i] = Phi(spec, hidden[i]) * Psi(spec, up[i]);
+    if (HasUp(spec)) kernels.dots(ffn.up, neurons, up_x.x, up_x.stride, num_x, up, neurons.count);
+    for (int64_t m = 0; m < num_x; ++m) {
+      Activate(spec, ffn.threshold + neurons.first, neurons.count, up + m * neurons.count, hidden + m * neurons.count);
+    }
     const int64_t step = num_x == 1 ? std::max<int64_t>(1, neurons.count) : kDownRows;
     for (int64_t i = 0; i < neurons.count; i += step) {
       const Rows rows{nullptr, neurons.first + i, std::min(step, neurons.count - i)};
@@ -193,7 +206,8 @@ void DenseFfnBlock(const Context& context, const float* x, int64_t num_x, const 
   Phases phases;
   const int64_t num_neurons = ffn.gate.rows, width = ffn.down_t.cols;
   Arranged arranged(context, arena, x, num_x, width);
-  const auto gate_x = arranged.For(ffn.gate.type, phases), up_x = arranged.For(ffn.up.type, phases);
+  const auto gate_x = arranged.For(ffn.gate.type, phases);
+  const auto up_x = HasUp(spec) ? arranged.For(ffn.up.type, phases) : gate_x;
   float* hidden = arena.Take<float>(num_x * num_neurons);
   phases.Add(CeilDiv(num_neurons, kChunkRows), [&](int64_t chunk) {
     Arena& own = Arena::OfChunk();
@@ -202,10 +216,9 @@ void DenseFfnBlock(const Context& context, const float* x, int64_t num_x, const 
     const Rows rows{nullptr, first, std::min(kChunkRows, num_neurons - first)};
     float* up = own.Take<float>(num_x * rows.count);
     Multiply(kernels, ffn.gate, rows, gate_x, num_x, hidden + first, num_neurons);
-    Multiply(kernels, ffn.up, rows, up_x, num_x, up, rows.count);
+    if (HasUp(spec)) Multiply(kernels, ffn.up, rows, up_x, num_x, up, rows.count);
     for (int64_t m = 0; m < num_x; ++m) {
-      float* h = hidden + m * num_neurons + first;
-      for (int64_t i = 0; i < rows.count; ++i) h[i] = Phi(spec, h[i]) * Psi(spec, up[m * rows.count + i]);
+      Activate(spec, ffn.threshold + first, rows.count, up + m * rows.count, hidden + m * num_neurons + first);
     }
   });
   phases.Add(CeilDiv(width, kernels.column_block), [&](int64_t chunk) {
@@ -292,7 +305,8 @@ void SparseFfnFew(const Context& context, const float* x, int64_t num_x, const F
   arena.Begin();
   Phases phases;
   Arranged arranged(context, arena, x, num_x, ffn.gate.cols);
-  const auto gate_x = arranged.For(ffn.gate.type, phases), up_x = arranged.For(ffn.up.type, phases);
+  const auto gate_x = arranged.For(ffn.gate.type, phases);
+  const auto up_x = HasUp(spec) ? arranged.For(ffn.up.type, phases) : gate_x;
   Features features(context, arena, predictor, num_x);
   features.AddPhases(phases, arranged.For(predictor.a.type, phases));
   SlotSums sums(context, arena, ffn.down_t, num_x);
@@ -308,11 +322,13 @@ void SparseFfnFew(const Context& context, const float* x, int64_t num_x, const F
     for (int64_t m = 0; m < num_x; ++m) {
       const int64_t predicted = features.Predicted(m, neurons, up, list);
       kernels.dots(ffn.gate, {list, 0, predicted}, gate_x.x + m * gate_x.stride, gate_x.stride, 1, hidden, predicted);
-      for (int64_t i = 0; i < predicted; ++i) hidden[i] = Phi(spec, hidden[i]);
-      const int64_t passed = spec.parallel ? predicted : Compact(predicted, list, hidden);
-      kernels.dots(ffn.up, {list, 0, passed}, up_x.x + m * up_x.stride, up_x.stride, 1, up, passed);
-      for (int64_t i = 0; i < passed; ++i) hidden[i] *= Psi(spec, up[i]);
-      const int64_t active = Compact(passed, list, hidden);
+      for (int64_t i = 0; i < predicted; ++i) hidden[i] = Phi(spec, hidden[i], ffn.threshold[list[i]]);
+      int64_t active = spec.parallel && HasUp(spec) ? predicted : Compact(predicted, list, hidden);
+      if (HasUp(spec)) {
+        kernels.dots(ffn.up, {list, 0, active}, up_x.x + m * up_x.stride, up_x.stride, 1, up, active);
+        for (int64_t i = 0; i < active; ++i) hidden[i] *= Psi(spec, up[i]);
+        active = Compact(active, list, hidden);
+      }
       kernels.accumulate(ffn.down_t, {list, 0, active}, hidden, sums.Of(slot, m));
       int32_t* count = slot_counts + (slot * num_x + m) * 2;
       count[0] = static_cast<int32_t>(predicted);

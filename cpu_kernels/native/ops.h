@@ -15,16 +15,22 @@ struct Context {
   const Pool& pool;
 };
 
-enum class FfnKind : int { kReglu, kDrelu, kFatrelu, kSwiglu };
+// What is applied to gate values: kRelu keeps those above their neuron's threshold, kSilu is x / (1 + exp(-x)).
+enum class Activation : int { kRelu, kSilu };
+inline constexpr const char* kActivations[] = {"relu", "silu"};
+// What is applied to up values; kNone where an FFN has none.
+enum class UpActivation : int { kNone, kLinear, kRelu };
+inline constexpr const char* kUpActivations[] = {"none", "linear", "relu"};
 
 struct FfnSpec {
-  FfnKind kind;
-  float threshold;  // of kFatrelu; 0 otherwise
-  bool parallel;    // gate and up of all predicted neurons; otherwise up of those that survive the gate
+  Activation activation;
+  UpActivation up;
+  bool parallel;  // gate and up of all predicted neurons; otherwise up of those that survive the gate
 };
 
 struct Ffn {
-  Matrix gate, up, down_t;
+  Matrix gate, up, down_t;  // up has no rows where the specification says kNone
+  const float* threshold;   // one of every neuron
 };
 
 struct Predictor {

@@ -18,7 +18,7 @@ from jsparse.checkpoints.open import load
 from jsparse.cli.command import Parser, run_command
 from jsparse.directories import read_path
 from jsparse.errors import JsparseError
-from jsparse.model.config import SPARSE_KINDS
+from jsparse.model.ffn import SPARSE_KINDS
 from jsparse.model.weights import Params
 from jsparse.predictors.options import CalibrationOptions, LayerReport
 from jsparse.predictors.texts import default_texts, read_prompts

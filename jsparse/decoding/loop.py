@@ -18,7 +18,6 @@ from jsparse.errors import JsparseError
 from jsparse.model.attention import KVCache, fill_cache
 from jsparse.model.decoder import Decoder
 from jsparse.model.executor import Executor
-from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import apply
 from jsparse.model.weights import Params, Weights
 from jsparse.typing import Array, Bool, Float, Int, Shaped
@@ -235,7 +234,7 @@ class Decoding:
         config = params.config
         if reason := executor.refuses(config):
             raise JsparseError(f"executor {executor.name!r} cannot run this model: {reason}")
-        self.model = Model(config, executor, FFNSpec.of(config, pipeline))
+        self.model = Model(config, executor, config.ffn_spec(pipeline))
         self.sampling = sampling
         self._weights, predictors = executor.place(params.weights, params.predictors if sparse else None)
         longest = max(map(len, prompts))
@@ -251,7 +250,7 @@ class Decoding:
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
         lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
         counts = np.zeros((config.num_layers, 2), np.int64)
-        self.statistics = Statistics(3 * config.intermediate_size, pipeline, sparse, counts)
+        self.statistics = Statistics(self.model.spec, config.intermediate_size, sparse, counts)
         begun = time.perf_counter()
         state = self._prefill(tokens, jnp.asarray(lengths), keys, slots)
         check_finite(state, lengths - 1)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jsparse.model.ffn import FFNSpec
+
 PAD = -1
 """Stands in a chunk of tokens where a sequence had already ended."""
 
@@ -18,13 +20,13 @@ class Statistics:
       decoded_tokens: tokens after the first of each sequence, over all sequences.
       counts: (L, 2) neurons predicted active and truly active, summed over those tokens.
       rows: FFN weight rows read for those tokens in sparse decoding.
-      rows_per_token: FFN weight rows of one layer a dense step reads: 3 F.
-      pipeline: which rows a predicted neuron costs.
-      sparse: whether decoding was.
+      spec: of the FFN, and with it which rows a predicted neuron costs.
+      num_neurons: F, of one layer.
+      sparse: whether decoding was sparse.
     """
 
-    rows_per_token: int
-    pipeline: str
+    spec: FFNSpec
+    num_neurons: int
     sparse: bool
     counts: np.ndarray
     prefill_seconds: float = 0.0
@@ -41,13 +43,14 @@ class Statistics:
         """Share of the FFN's weight rows that sparse decoding read; 1 for a dense generation."""
         if not self.sparse or not self.decoded_tokens:
             return 1.0
-        return self.rows / (self.decoded_tokens * self.rows_per_token * len(self.counts))
+        dense = self.spec.num_matrices * self.num_neurons * len(self.counts)
+        return self.rows / (self.decoded_tokens * dense)
 
     def add(self, tokens: np.ndarray, counts: np.ndarray, fixed: Sequence[int] | None = None) -> None:
         """Count the tokens of a chunk: neuron counts (L, 2), or neurons of each layer all of whose rows each read."""
         decoded = int((tokens != PAD).sum())
         predicted, active = counts.sum(axis=0).tolist()
-        rows = predicted + 2 * active if self.pipeline == "sequential" else 2 * predicted + active
-        self.rows += rows if fixed is None else 3 * sum(fixed) * decoded
+        all_of_fixed = None if fixed is None else self.spec.num_matrices * sum(fixed) * decoded
+        self.rows += self.spec.rows(predicted, active) if all_of_fixed is None else all_of_fixed
         self.counts += counts
         self.decoded_tokens += decoded

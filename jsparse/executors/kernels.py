@@ -20,9 +20,14 @@ def operand(matrix: Matrix) -> Operand:
     return (matrix.values, matrix.scale) if isinstance(matrix, QuantizedRows) else matrix
 
 
-def operands(ffn: FFNWeights) -> list[Operand]:
-    """Gate, up and down_t."""
-    return [operand(matrix) for matrix in (ffn.gate, ffn.up, ffn.down_t)]
+def operands(ffn: FFNWeights) -> list[Operand | None]:
+    """Gate, up, down_t and threshold."""
+    return [operand(matrix) for matrix in (ffn.gate, ffn.up, ffn.down_t)] + [ffn.threshold]
+
+
+def activations(spec: FFNSpec) -> dict[str, str]:
+    """What an FFN applies to its gate and up values, as the packages take it."""
+    return {"activation": spec.activation, "up_activation": spec.up or "linear"}
 
 
 def flat(x: Float[Array, "... D"]) -> Float[Array, "B D"]:
@@ -68,7 +73,7 @@ class KernelExecutor:
 
     def dense_ffn(self, x: Float[Array, "... D"], ffn: FFNWeights, spec: FFNSpec) -> Float[Array, "... D"]:
         """As `Executor.dense_ffn`."""
-        y = self._kernels.dense_ffn(flat(x), *operands(ffn), kind=spec.kind, threshold=spec.threshold)
+        y = self._kernels.dense_ffn(flat(x), *operands(ffn), **activations(spec))
         return y.reshape(x.shape)
 
     def sparse_ffn(
@@ -81,8 +86,7 @@ class KernelExecutor:
             operand(predictor.a),
             operand(predictor.b),
             predictor.bias,
-            kind=spec.kind,
-            threshold=spec.threshold,
+            **activations(spec),
             parallel=spec.pipeline == "parallel",
         )
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jsparse.arrays import Matrix
 from jsparse.errors import JsparseError
-from jsparse.executors.kernels import flat, operand, operands
+from jsparse.executors.kernels import activations, flat, operand, operands
 from jsparse.model.attention import KVCache
 from jsparse.model.config import ModelConfig
 from jsparse.model.executor import Executor, Split
@@ -98,7 +98,7 @@ class Npu:
 
         if not isinstance(ffn, Placed):
             return self.host.dense_ffn(x, ffn, spec)
-        return cann_bridge.dense_ffn(flat(x), ffn.handle, kind=spec.kind, threshold=spec.threshold).reshape(x.shape)
+        return cann_bridge.dense_ffn(flat(x), ffn.handle, **activations(spec)).reshape(x.shape)
 
     def sparse_ffn(
         self, x: Float[Array, "B D"], ffn: Placed, predictor: Placed, spec: FFNSpec
@@ -110,8 +110,7 @@ class Npu:
             x,
             ffn.handle,
             predictor.handle,
-            kind=spec.kind,
-            threshold=spec.threshold,
+            **activations(spec),
             parallel=spec.pipeline == "parallel",
         )
 
@@ -232,8 +231,7 @@ def _spec(config: ModelConfig, spec: FFNSpec):
         window=config.sliding_window,
         context_length=config.context_length,
         eos_ids=tuple(config.eos_token_ids),
-        kind=spec.kind,
-        threshold=spec.threshold,
+        **activations(spec),
         parallel=spec.pipeline == "parallel",
     )
 
@@ -242,7 +240,7 @@ def _layer_arrays(layer: Layer, predictor: Predictor | None):
     import cann_bridge
 
     attention = layer.attention
-    gate, up, down_t = operands(layer.ffn)
+    gate, up, down_t, threshold = operands(layer.ffn)
     return cann_bridge.LayerArrays(
         input_norm=layer.input_norm,
         **{name: operand(getattr(attention, name).rows) for name in ("q", "k", "v", "o")},
@@ -250,6 +248,7 @@ def _layer_arrays(layer: Layer, predictor: Predictor | None):
         gate=gate,
         up=up,
         down_t=down_t,
+        threshold=threshold,
         biases=tuple(linear.bias for linear in (attention.q, attention.k, attention.v) if linear.bias is not None),
         predictor=predictor and (operand(predictor.a), operand(predictor.b), predictor.bias),
     )

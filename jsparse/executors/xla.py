@@ -28,6 +28,23 @@ def linear(x: Float[Array, "... D"], weight: Matrix) -> Float[Array, "... out"]:
     return jnp.einsum("...d,od->...o", x.astype(jnp.float32), dequantize(weight), precision=_PRECISION)
 
 
+_ACTIVATIONS = {
+    "relu": lambda gate, threshold: jnp.where(gate > threshold, gate, 0),
+    "silu": lambda gate, threshold: jax.nn.silu(gate),
+}
+_UP = {"linear": lambda up: up, "relu": jax.nn.relu}
+
+
+def activate(spec: FFNSpec, gate: Float[Array, "..."], threshold: Float[Array, "..."]) -> Float[Array, "..."]:
+    """phi of gate values whose neurons have these thresholds."""
+    return _ACTIVATIONS[spec.activation](gate, threshold)
+
+
+def activate_up(spec: FFNSpec, up: Float[Array, "..."]) -> Float[Array, "..."]:
+    """psi of up values."""
+    return _UP[spec.up](up)
+
+
 @dataclasses.dataclass(frozen=True)
 class Xla:
     """Plain JAX on whatever device JAX has."""
@@ -55,7 +72,9 @@ class Xla:
 
     def dense_ffn(self, x: Float[Array, "... D"], ffn: FFNWeights, spec: FFNSpec) -> Float[Array, "... D"]:
         """As `Executor.dense_ffn`."""
-        hidden = spec.phi(linear(x, ffn.gate)) * spec.psi(linear(x, ffn.up))
+        hidden = activate(spec, linear(x, ffn.gate), ffn.threshold)
+        if ffn.up is not None:
+            hidden = hidden * activate_up(spec, linear(x, ffn.up))
         return jnp.matmul(hidden, dequantize(ffn.down_t), precision=_PRECISION)
 
     def sparse_ffn(
@@ -95,16 +114,17 @@ def _sparse_token(
     x: Float[Array, "D"], predicted: Bool[Array, "F"], ffn: FFNWeights, spec: FFNSpec
 ) -> tuple[Float[Array, "D"], Int[Array, "2"]]:
     def gate_step(rows, hidden):
-        values = spec.phi(_dot(take_rows(ffn.gate, rows), x))
-        if spec.pipeline == "parallel":
-            values = values * spec.psi(_dot(take_rows(ffn.up, rows), x))
+        threshold = ffn.threshold.at[rows].get(mode="fill", fill_value=0)
+        values = activate(spec, _dot(take_rows(ffn.gate, rows), x), threshold)
+        if ffn.up is not None and spec.pipeline == "parallel":
+            values = values * activate_up(spec, _dot(take_rows(ffn.up, rows), x))
         return hidden.at[rows].set(values, mode="drop")
 
     def up_step(rows, hidden):
-        return hidden.at[rows].multiply(spec.psi(_dot(take_rows(ffn.up, rows), x)), mode="drop")
+        return hidden.at[rows].multiply(activate_up(spec, _dot(take_rows(ffn.up, rows), x)), mode="drop")
 
     hidden = _over_rows(predicted, gate_step, jnp.zeros(predicted.shape))
-    if spec.pipeline == "sequential":
+    if ffn.up is not None and spec.pipeline == "sequential":
         hidden = _over_rows(hidden != 0, up_step, hidden)
 
     def down_step(rows, y):

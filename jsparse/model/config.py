@@ -4,10 +4,7 @@ import dataclasses
 from typing import Literal
 
 from jsparse.errors import JsparseError
-
-FFNKind = Literal["reglu", "drelu", "fatrelu", "swiglu"]
-FFN_KINDS: tuple[str, ...] = ("reglu", "drelu", "fatrelu", "swiglu")
-SPARSE_KINDS: tuple[str, ...] = ("reglu", "drelu", "fatrelu")
+from jsparse.model.ffn import KINDS, FFNSpec, Pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +36,8 @@ class ModelConfig:
     head_dim: int = 0
     """0 stands for hidden_size / num_heads."""
     context_length: int = 4096
-    ffn_kind: FFNKind = "reglu"
+    ffn_kind: str = "reglu"
+    """One of `KINDS`."""
     ffn_threshold: float = 0.0
     """FATReLU keeps a gate value when it is greater than this; 0 for every other kind."""
     rope_theta: float = 1e4
@@ -87,8 +85,8 @@ class ModelConfig:
             problems.append(f"norm_eps is {self.norm_eps} and must be at least 0")
         if self.sliding_window is not None and self.sliding_window < 1:
             problems.append(f"sliding_window is {self.sliding_window} and must be at least 1, or None")
-        if self.ffn_kind not in FFN_KINDS:
-            problems.append(f"ffn_kind is {self.ffn_kind!r} and must be one of {', '.join(FFN_KINDS)}")
+        if self.ffn_kind not in KINDS:
+            problems.append(f"ffn_kind is {self.ffn_kind!r} and must be one of {', '.join(KINDS)}")
         if self.ffn_threshold and self.ffn_kind != "fatrelu":
             problems.append(f"ffn_threshold is {self.ffn_threshold}, but {self.ffn_kind} has none")
         if problems:
@@ -97,7 +95,11 @@ class ModelConfig:
     @property
     def is_sparse(self) -> bool:
         """Whether the FFN zeroes neurons, so that predictors can be fitted."""
-        return self.ffn_kind in SPARSE_KINDS
+        return self.ffn_spec().has_zeros
+
+    def ffn_spec(self, pipeline: Pipeline = "sequential") -> FFNSpec:
+        """What the FFN computes, and how sparsely."""
+        return dataclasses.replace(KINDS[self.ffn_kind], pipeline=pipeline)
 
     def to_dict(self) -> dict:
         """A JSON-serialisable dictionary; `from_dict` is its inverse."""

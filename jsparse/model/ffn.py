@@ -1,40 +1,48 @@
-"""What the FFN of a ReGLU model computes, whichever executor computes it."""
+"""What an FFN computes, as data: every executor is told this, and none knows kinds by name."""
 
 import dataclasses
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-
-from jsparse.model.config import FFNKind, ModelConfig
-from jsparse.typing import Array, Float
+Pipeline = Literal["sequential", "parallel"]
 
 
 @dataclasses.dataclass(frozen=True)
 class FFNSpec:
-    """What every executor needs to know besides the arrays; static under jit.
+    """FFN(x) = down_t^T (phi(gate x) * psi(up x)); static under jit.
 
-    FFN(x) = down_t^T (phi(gate x) * psi(up x)). `reglu`: phi relu, psi identity; `drelu`: both relu; `fatrelu`: phi
-    keeps a value when it is greater than `threshold`, psi identity; `swiglu`: phi silu, dense only.
-
-    `sequential` computes the gate on the predicted neurons, and up and down on those whose gate survives; `parallel`
-    computes gate and up on all predicted neurons at once, and down on the survivors.
+    Attributes:
+      activation: phi. `relu` keeps a gate value that is greater than the neuron's threshold, `silu` is x sigmoid(x).
+      up: psi, `linear` or `relu`; None where the FFN has no up matrix, and phi(gate x) stands alone.
+      pipeline: `sequential` computes the gate on the predicted neurons, and up and down on those whose gate survives;
+        `parallel` computes gate and up on all predicted neurons at once, and down on the survivors.
     """
 
-    kind: FFNKind = "reglu"
-    threshold: float = 0.0
-    pipeline: Literal["sequential", "parallel"] = "sequential"
+    activation: Literal["relu", "silu"]
+    up: Literal["linear", "relu"] | None = "linear"
+    pipeline: Pipeline = "sequential"
 
-    @classmethod
-    def of(cls, config: ModelConfig, pipeline: Literal["sequential", "parallel"] = "sequential") -> "FFNSpec":
-        return cls(config.ffn_kind, config.ffn_threshold, pipeline)
+    @property
+    def has_zeros(self) -> bool:
+        """Whether neurons are exactly zero, so that they can be predicted and skipped."""
+        return self.activation != "silu"
 
-    def phi(self, gate: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The activation of the gate projection."""
-        if self.kind == "swiglu":
-            return jax.nn.silu(gate)
-        return jnp.where(gate > self.threshold, gate, 0)
+    @property
+    def num_matrices(self) -> int:
+        """Matrices of which a neuron is a row each."""
+        return 2 if self.up is None else 3
 
-    def psi(self, up: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The activation of the up projection."""
-        return jax.nn.relu(up) if self.kind == "drelu" else up
+    def rows(self, predicted: int, active: int) -> int:
+        """Weight rows read for so many predicted neurons, of which so many are active."""
+        if self.up is None:
+            return predicted + active
+        return predicted + 2 * active if self.pipeline == "sequential" else 2 * predicted + active
+
+
+KINDS: dict[str, FFNSpec] = {
+    "reglu": FFNSpec("relu"),
+    "drelu": FFNSpec("relu", up="relu"),
+    "fatrelu": FFNSpec("relu"),
+    "swiglu": FFNSpec("silu"),
+}
+"""The FFNs that models have, by the names in their configurations. `fatrelu` alone has a threshold beside 0."""
+SPARSE_KINDS = tuple(kind for kind, spec in KINDS.items() if spec.has_zeros)

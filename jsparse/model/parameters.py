@@ -33,7 +33,7 @@ class Parameter:
 
 
 def parameters(config: ModelConfig) -> dict[str, Parameter]:
-    """Every array of a model by its path in `Weights`, as "layers/0/attention/q/rows"."""
+    """Every array of a model that is stored, by its path in `Weights`, as "layers/0/attention/q/rows"."""
     c = config
     sizes = {
         "V": c.vocab_size,
@@ -55,7 +55,8 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
                 block[f"attention/{name}/bias"] = parameter("bias", axis)
         block["attention/o/rows"] = parameter("matrix", "D", "NH")
         block["post_attention_norm"] = parameter("norm", "D")
-        block |= {f"ffn/{name}": parameter("matrix", "F", "D") for name in ("gate", "up", "down_t")}
+        matrices = ("gate", "up", "down_t") if c.ffn_spec().up else ("gate", "down_t")
+        block |= {f"ffn/{name}": parameter("matrix", "F", "D") for name in matrices}
         table |= {f"layers/{layer}/{path}": entry for path, entry in block.items()}
     table["norm"] = parameter("norm", "D")
     if not c.tie_embeddings:
@@ -67,6 +68,7 @@ def make_weights(config: ModelConfig, leaf: Callable[[str, Parameter], Any]) -> 
     """The `Weights` whose array at every path of the table is `leaf(path, parameter)`."""
     table = parameters(config)
     found = {path: leaf(path, entry) for path, entry in table.items()}
+    threshold = jnp.full((config.intermediate_size,), config.ffn_threshold, jnp.float32)
 
     def linear(path: str) -> Linear:
         return Linear(found[f"{path}/rows"], found.get(f"{path}/bias"))
@@ -76,7 +78,7 @@ def make_weights(config: ModelConfig, leaf: Callable[[str, Parameter], Any]) -> 
             found[f"{path}/input_norm"],
             AttentionWeights(*(linear(f"{path}/attention/{name}") for name in ("q", "k", "v", "o"))),
             found[f"{path}/post_attention_norm"],
-            FFNWeights(*(found[f"{path}/ffn/{name}"] for name in ("gate", "up", "down_t"))),
+            FFNWeights(*(found.get(f"{path}/ffn/{name}") for name in ("gate", "up", "down_t")), threshold),
         )
 
     layers = tuple(layer(f"layers/{i}") for i in range(config.num_layers))
@@ -84,9 +86,10 @@ def make_weights(config: ModelConfig, leaf: Callable[[str, Parameter], Any]) -> 
 
 
 def by_path(tree: Any) -> dict[str, Matrix | Array]:
-    """Every matrix and vector of a pytree of weights by its path; a low-bit matrix is one entry."""
+    """Every stored matrix and vector of a pytree of weights by its path; a low-bit matrix is one entry."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, QuantizedRows))
-    return {"/".join(_name(entry) for entry in path): leaf for path, leaf in leaves}
+    named = {"/".join(_name(entry) for entry in path): leaf for path, leaf in leaves}
+    return {path: leaf for path, leaf in named.items() if not path.endswith("ffn/threshold")}
 
 
 def _name(entry: Any) -> str:
@@ -95,7 +98,7 @@ def _name(entry: Any) -> str:
 
 def weight_shapes(config: ModelConfig) -> Weights:
     """`Weights` with a float32 `jax.ShapeDtypeStruct` for every matrix and vector."""
-    return make_weights(config, lambda _, entry: jax.ShapeDtypeStruct(entry.shape, jnp.float32))
+    return jax.eval_shape(lambda: make_weights(config, lambda _, entry: jnp.zeros(entry.shape)))
 
 
 def random_weights(config: ModelConfig, key: Array) -> Weights:

@@ -12,20 +12,22 @@ from jsparse.model.config import ModelConfig
 from jsparse.typing import Array, Float
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("gate", "up", "down_t"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("gate", "up", "down_t", "threshold"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class FFNWeights:
-    """The gated FFN of one layer. Neuron j is row j of all three matrices: one contiguous read each.
+    """The FFN of one layer. Neuron j is row j of every matrix: one contiguous read each.
 
     Attributes:
-      gate: (F, D).
-      up: (F, D).
+      gate: (F, D), under the activation.
+      up: (F, D), or None where the FFN has none.
       down_t: (F, D), the transpose of the checkpoint's down_proj.
+      threshold: (F,) float32, which a neuron's gate must exceed; made from the configuration and not saved.
     """
 
     gate: Matrix
-    up: Matrix
+    up: Matrix | None
     down_t: Matrix
+    threshold: Float[Array, "F"]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("rows", "bias"), meta_fields=())

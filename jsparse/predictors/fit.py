@@ -16,7 +16,7 @@ import numpy as np
 
 from jsparse.arrays import Matrix, dequantize, take_rows
 from jsparse.errors import JsparseError
-from jsparse.executors.xla import Xla, linear
+from jsparse.executors.xla import Xla, activate, activate_up, linear
 from jsparse.model.config import ModelConfig
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import Block, Rotation, apply
@@ -100,7 +100,7 @@ def fit_layer(
     half = len(inputs) // 2
     width = inputs.shape[-1]
     fit_x, threshold_x = inputs[:half].reshape(-1, width), jnp.asarray(inputs[half:].reshape(-1, width))
-    rank, spec = options.ranks(config)[layer], FFNSpec.of(config)
+    rank, spec = options.ranks(config)[layer], config.ffn_spec()
     a, b, offset = fit_low_bit(
         dequantize(ffn.gate),
         fit_x,
@@ -109,7 +109,7 @@ def fit_layer(
         whiten=options.whiten,
         center=options.center,
         refit=options.refit,
-        threshold=spec.threshold,
+        threshold=config.ffn_threshold,
     )
     if options.bias == "neuron":
         offset = jnp.zeros_like(offset)  # a threshold per neuron absorbs it
@@ -126,7 +126,7 @@ def fit_layer(
     target = max(0.0, (options.sparsity - (_CAUTION if layer < _CAUTIOUS_LAYERS else 0)) * sparsity)
     fit = fit_bias(scores, cost, target, levels=_LEVELS, mode=options.bias, silenced=options.silenced)
     # Without calibration a neuron is predicted active where its estimated gate passes the activation's threshold.
-    bias = fit.bias if options.bias != "none" else fit.bias - spec.threshold
+    bias = fit.bias if options.bias != "none" else fit.bias - config.ffn_threshold
     predicted = scores > -np.asarray(bias)[:, None]
     num_active = np.count_nonzero(active)
     recall = np.count_nonzero(predicted & active) / num_active if num_active else 1.0
@@ -148,8 +148,10 @@ def _block_statistics(
 ):
     """Scores, cost of skipping, and activity (block, n) of some neurons."""
     scores = linear(take_rows(b, neurons), features) + offset[neurons][:, None]
-    gate = spec.phi(linear(take_rows(ffn.gate, neurons), x))
-    hidden = gate * spec.psi(linear(take_rows(ffn.up, neurons), x))
+    gate = activate(spec, linear(take_rows(ffn.gate, neurons), x), ffn.threshold[neurons][:, None])
+    hidden = gate
+    if ffn.up is not None:
+        hidden = gate * activate_up(spec, linear(take_rows(ffn.up, neurons), x))
     norm = jnp.linalg.norm(take_rows(ffn.down_t, neurons), axis=1)[:, None]
     cost = {"gate": gate, "hidden": hidden, "output": hidden * norm}[importance] ** 2
     return scores, cost, hidden != 0
@@ -158,7 +160,7 @@ def _block_statistics(
 @partial(jax.jit, static_argnames="config")
 def _block_step(block, hidden, config):
     def feed_forward(_, x, ffn):
-        return Xla().dense_ffn(x, ffn, FFNSpec.of(config)), x
+        return Xla().dense_ffn(x, ffn, config.ffn_spec()), x
 
     rotation = Rotation.of(jnp.arange(hidden.shape[1])[None], config)
     out, _, inputs = apply(Block(config, Xla(), 0), block, hidden, rotation, feed_forward)

@@ -8,6 +8,7 @@ import numpy as np
 
 from jsparse.errors import JsparseError
 from jsparse.model.config import ModelConfig
+from jsparse.model.ffn import SPARSE_KINDS
 from jsparse.options import check_flag, is_number, is_whole
 from jsparse.predictors.svd import BITS, check_rank
 from jsparse.predictors.thresholds import BiasMode, SilencedRule
@@ -60,8 +61,8 @@ class CalibrationOptions:
         """Raises: JsparseError: an option is out of range for the model."""
         if not config.is_sparse:
             raise JsparseError(
-                f"a {config.ffn_kind} FFN has no zero neurons to predict; calibration needs a model with a "
-                "reglu, drelu or fatrelu FFN"
+                f"a {config.ffn_kind} FFN has no zero neurons to predict; calibration needs a model with one of "
+                f"{', '.join(SPARSE_KINDS)}"
             )
         try:
             ranks = self.ranks(config)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jsparse.decoder import Decoder
-from jsparse.ffn import FFNSpec, reference
+from jsparse.ffn import reference
 from jsparse.quantization import quantize_rows
 
 import jsparse
@@ -35,7 +35,7 @@ def stop(report):
 
 def weights_of():
     def feed_forward(layer, x, ffn):
-        return reference.dense_ffn(x, ffn, FFNSpec.of(CONFIG)), None
+        return reference.dense_ffn(x, ffn, CONFIG.ffn_spec()), None
 
     tokens = jnp.zeros((1, 4), jnp.int32)
     weights = Decoder(CONFIG, reference).init(jax.random.key(3), tokens, jnp.arange(4)[None], feed_forward)["params"]

@@ -264,15 +264,18 @@ void TestLinear(const Case& c) {
 
 struct FfnCase {
   Stored gate, up, down_t, a, b;
-  std::vector<float> x, bias;
+  std::vector<float> x, bias, threshold;
   int64_t num_x;
 
   FfnCase(Random& random, Type type, Type predictor, int64_t width, int64_t neurons, int64_t rank, int64_t num_x)
       : gate(random.Make(type, neurons, width)), up(random.Make(type, neurons, width)),
         down_t(random.Make(type, neurons, width)), a(random.Make(predictor, rank, width)),
-        b(random.Make(predictor, neurons, rank)), x(random.Vector(num_x * width)), bias(neurons, 0.0f), num_x(num_x) {}
+        b(random.Make(predictor, neurons, rank)), x(random.Vector(num_x * width)), bias(neurons, 0.0f),
+        threshold(neurons, 0.0f), num_x(num_x) {}
 
-  Ffn ffn() const { return {gate.view, up.view, down_t.view}; }
+  Ffn ffn(const FfnSpec& spec) const {
+    return {gate.view, spec.up == UpActivation::kNone ? Matrix{} : up.view, down_t.view, threshold.data()};
+  }
   Predictor predictor() const { return {a.view, b.view, bias.data()}; }
   std::vector<double> Token(int64_t m) const {
     return {x.begin() + m * gate.view.cols, x.begin() + (m + 1) * gate.view.cols};
@@ -286,8 +289,8 @@ struct FfnCase {
     counts[0] = counts[1] = 0;
     for (int64_t j = 0; j < gate.view.rows; ++j) {
       if (sparse && !(scores[j] + bias[j] > 0)) continue;
-      double h = spec.kind == FfnKind::kSwiglu ? g[j] / (1 + std::exp(-g[j])) : g[j] > spec.threshold ? g[j] : 0;
-      h *= spec.kind == FfnKind::kDrelu ? std::fmax(u[j], 0) : u[j];
+      double h = spec.activation == Activation::kSilu ? g[j] / (1 + std::exp(-g[j])) : g[j] > threshold[j] ? g[j] : 0;
+      if (spec.up != UpActivation::kNone) h *= spec.up == UpActivation::kRelu ? std::fmax(u[j], 0) : u[j];
       ++counts[0];
       counts[1] += h != 0;
       for (size_t i = 0; i < y.size(); ++i) y[i] += h * down_t.Row(j)[i];
@@ -298,9 +301,14 @@ struct FfnCase {
 
 void TestFfn(const Case& c) {
   const struct {
-    FfnKind kind;
+    Activation activation;
+    UpActivation up;
     float threshold;
-  } kinds[] = {{FfnKind::kReglu, 0}, {FfnKind::kDrelu, 0}, {FfnKind::kFatrelu, 0.5}, {FfnKind::kSwiglu, 0}};
+  } kinds[] = {{Activation::kRelu, UpActivation::kLinear, 0},
+               {Activation::kRelu, UpActivation::kRelu, 0},
+               {Activation::kRelu, UpActivation::kLinear, 0.5},
+               {Activation::kRelu, UpActivation::kNone, 0.25},
+               {Activation::kSilu, UpActivation::kLinear, 0}};
   const struct {
     int64_t width, neurons, rank;
   } shapes[] = {{8, 1, 1}, {33, 127, 7}, {96, 300, 24}, {1100, 90, 9}};
@@ -315,18 +323,19 @@ void TestFfn(const Case& c) {
         std::vector<int32_t> counts(num_x * 2);
         int32_t wanted_counts[2];
         for (const auto& kind : kinds) {
-          FfnSpec spec{kind.kind, kind.threshold, false};
-          DenseFfn(c.context(), f.x.data(), num_x, f.ffn(), spec, y.data());
+          FfnSpec spec{kind.activation, kind.up, false};
+          f.threshold.assign(shape.neurons, kind.threshold);
+          DenseFfn(c.context(), f.x.data(), num_x, f.ffn(spec), spec, y.data());
           for (int64_t m = 0; m < num_x; ++m) {
             ExpectClose({y.begin() + m * shape.width, y.begin() + (m + 1) * shape.width},
                         f.Oracle(m, spec, false, wanted_counts), 1e-5, what + ", dense");
           }
-          if (kind.kind == FfnKind::kSwiglu) continue;
+          if (kind.activation == Activation::kSilu) continue;
           for (float bias : {-INFINITY, 0.0f, INFINITY}) {
             f.bias.assign(shape.neurons, bias);
             for (bool parallel : {false, true}) {
               spec.parallel = parallel;
-              SparseFfn(c.context(), f.x.data(), num_x, f.ffn(), f.predictor(), spec, y.data(), counts.data());
+              SparseFfn(c.context(), f.x.data(), num_x, f.ffn(spec), f.predictor(), spec, y.data(), counts.data());
               for (int64_t m = 0; m < num_x; ++m) {
                 ExpectClose({y.begin() + m * shape.width, y.begin() + (m + 1) * shape.width},
                             f.Oracle(m, spec, true, wanted_counts), 1e-5, what + ", sparse");
@@ -397,8 +406,9 @@ std::vector<float> Everything(const Kernels& kernels, const Pool& pool) {
   const Context context{kernels, pool};
   std::vector<float> y(3 * 160), z(3 * 160), o(9 * 700);
   std::vector<int32_t> counts(6);
-  SparseFfn(context, f.x.data(), 3, f.ffn(), f.predictor(), {FfnKind::kReglu, 0, false}, y.data(), counts.data());
-  DenseFfn(context, f.x.data(), 3, f.ffn(), {FfnKind::kReglu, 0, false}, z.data());
+  const FfnSpec spec{Activation::kRelu, UpActivation::kLinear, false};
+  SparseFfn(context, f.x.data(), 3, f.ffn(spec), f.predictor(), spec, y.data(), counts.data());
+  DenseFfn(context, f.x.data(), 3, f.ffn(spec), spec, z.data());
   Linear(context, f.x.data(), 3, {f.gate.view, f.up.view, f.down_t.view}, {o.data(), o.data() + 2100, o.data() + 4200});
   y.insert(y.end(), z.begin(), z.end());
   y.insert(y.end(), o.begin(), o.end());
