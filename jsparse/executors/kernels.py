@@ -22,7 +22,8 @@ def operand(matrix: Matrix) -> Operand:
 
 def operands(ffn: FFNWeights) -> list[Operand | None]:
     """Gate, up, down_t and threshold."""
-    return [operand(matrix) for matrix in (ffn.gate, ffn.up, ffn.down_t)] + [ffn.threshold]
+    up = None if ffn.up is None else operand(ffn.up)
+    return [operand(ffn.gate), up, operand(ffn.down_t), ffn.threshold]
 
 
 def activations(spec: FFNSpec) -> dict[str, str]:
