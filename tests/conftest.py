@@ -10,6 +10,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shar
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jsparse-tests-")  # where commands keep compiled programs
 
 # ruff: noqa: E402  the import hook comes before what it checks
+import pytest
 from jaxtyping import install_import_hook
 
 # Not the pytrees in arrays and model.weights: JAX also builds those around leaves that are no arrays.
@@ -23,6 +24,7 @@ _CHECKED = (
     "model.layers",
     "predictors",
 )
+pytest.register_assert_rewrite("executor_suite")
 install_import_hook([f"jsparse.{module}" for module in _CHECKED], "beartype.beartype")
 
 import dataclasses
@@ -30,7 +32,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import jsparse
 from jsparse.model.parameters import Parameter, make_weights

@@ -378,7 +378,7 @@ def test_a_thousand_callbacks_leave_memory_flat():
 
 
 def small_layer(executor: Npu):
-    from test_executors import problem
+    from executor_suite import problem
 
     x, ffn, predictor = problem(batch=1)
     return x, executor.place_ffn(ffn), executor.place_predictor(predictor), KINDS["reglu"]

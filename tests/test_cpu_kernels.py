@@ -115,7 +115,7 @@ _HASHED = """
 import hashlib, jax, jax.numpy as jnp, numpy as np
 import cpu_kernels, jsparse
 from jsparse.predictors.texts import default_texts
-from test_executors import problem
+from executor_suite import problem
 from jsparse.executors.kernels import KernelExecutor
 from jsparse.model.ffn import KINDS
 from jsparse.model.weights import Linear

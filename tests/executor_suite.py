@@ -1,0 +1,237 @@
+"""The suite that every executor passes: the function of the float64 oracle, on the executor's own path."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from jsparse.arrays import QuantizedRows, quantize_rows
+from jsparse.executors.npu import Npu
+from jsparse.model.ffn import KINDS, FFNSpec
+from jsparse.model.weights import FFNWeights, Linear, Predictor
+
+DENSE_FFNS = [*KINDS.items(), ("without up", FFNSpec("relu", up=None))]
+SPARSE_FFNS = [
+    (f"{name}-{pipeline}", dataclasses.replace(spec, pipeline=pipeline))
+    for name, spec in DENSE_FFNS
+    if spec.has_zeros
+    for pipeline in ("sequential", "parallel")
+]
+
+
+def by_name(ffns):
+    return pytest.mark.parametrize(("name", "spec"), [pytest.param(*ffn, id=ffn[0]) for ffn in ffns])
+
+
+TOLERANCE = 1e-5
+"""Relative to the largest output, float32 arithmetic against float64 on the same stored weights."""
+
+
+PREDICTED = ("none", "some", "all")
+ROUNDED = 1e-2
+"""The same where products are taken in 16 bits."""
+
+
+def tolerance(executor, storage: str) -> float:
+    """Of an FFN's output whose weights are stored so."""
+    if not isinstance(executor, Npu) or storage == "float32":
+        return TOLERANCE
+    return TOLERANCE if storage == "int8" and executor.device == "cpu" else ROUNDED
+
+
+def storage_of(matrix) -> str:
+    return str((matrix.values if isinstance(matrix, QuantizedRows) else matrix).dtype)
+
+
+@partial(jax.jit, static_argnames=("executor", "spec"))
+def _sparse_ffn(x, ffn, predictor, *, executor, spec):
+    return executor.sparse_ffn(x, ffn, predictor, spec)
+
+
+@partial(jax.jit, static_argnames=("executor", "spec"))
+def _dense_ffn(x, ffn, *, executor, spec):
+    return executor.dense_ffn(x, ffn, spec)
+
+
+@partial(jax.jit, static_argnames="executor")
+def _project(x, linears, *, executor):
+    return executor.project(x, linears)
+
+
+@partial(jax.jit, static_argnames=("executor", "window"))
+def _attend(q, k, v, position, cache, *, executor, window):
+    return executor.attend(q, k, v, position, cache, window)
+
+
+def sparse_ffn(executor, x, ffn, predictor, spec):
+    """The executor's, by one program for all operands of the same shapes."""
+    if isinstance(executor, Npu):
+        ffn, predictor = executor.place_ffn(ffn), executor.place_predictor(predictor)
+    return _sparse_ffn(x, ffn, predictor, executor=executor, spec=spec)
+
+
+def problem(
+    *,
+    batch=3,
+    width=96,
+    neurons=300,
+    rank=24,
+    bits=16,
+    storage="float32",
+    predicted="some",
+    name="reglu",
+    spec=KINDS["reglu"],
+    seed=0,
+):
+    """x, weights and predictor; neurons is no multiple of any block size, and an odd rank ends in half a byte.
+
+    Of FATReLU, every neuron has a threshold of its own.
+    """
+    keys = jax.random.split(jax.random.key(seed), 7)
+
+    def store(matrix):
+        return quantize_rows(matrix, 8) if storage == "int8" else matrix.astype(storage)
+
+    gate, up, down_t = (store(jax.random.normal(key, (neurons, width))) for key in keys[:3])
+    a, b = jax.random.normal(keys[3], (rank, width)), jax.random.normal(keys[4], (neurons, rank))
+    a, b = (m.astype(jnp.bfloat16) if bits == 16 else quantize_rows(m, bits) for m in (a, b))
+    x = jax.random.normal(keys[6], (batch, width))
+    # Of some thresholds for each neuron the one that is farthest from any score: rounding must not decide.
+    scores = np.asarray(x, np.float64) @ oracle.matrix(a).T @ oracle.matrix(b).T
+    some = np.asarray(60 * jax.random.normal(keys[5], (50, neurons)))
+    farthest = np.abs(scores[:, None] + some).min(axis=0).argmax(axis=0)
+    bias = {
+        "none": jnp.full(neurons, -jnp.inf),
+        "some": jnp.asarray(some[farthest, np.arange(neurons)]),
+        "all": jnp.full(neurons, jnp.inf),
+    }[predicted]
+    threshold = jnp.linspace(0.1, 0.5, neurons) if name.startswith("fatrelu") else jnp.zeros(neurons)
+    return x, FFNWeights(gate, None if spec.up is None else up, down_t, threshold), Predictor(a, b, bias)
+
+
+def check(executor, x, ffn, predictor, spec):
+    y, counts = sparse_ffn(executor, x, ffn, predictor, spec)
+    expected, expected_counts = oracle.ffn(x, ffn, predictor, spec)
+    allowed = tolerance(executor, storage_of(ffn.gate))
+    np.testing.assert_array_equal(counts[:, 0], expected_counts[:, 0])
+    # With 16 bits a gate or an up next to zero may fall on its other side.
+    np.testing.assert_allclose(counts[:, 1], expected_counts[:, 1], rtol=0, atol=0 if allowed == TOLERANCE else 3)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=allowed * max(1.0, np.abs(expected).max()))
+    return counts
+
+
+class ExecutorSuite:
+    """The tests of an executor, which a subclass makes."""
+
+    def make(self):
+        """The executor."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def executor(self):
+        return self.make()
+
+    @by_name(SPARSE_FFNS)
+    @pytest.mark.parametrize("bits", [16, 8, 4])
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_sparse_ffn_is_the_ffn_of_the_predicted_neurons(self, executor, name, spec, bits, batch):
+        for predicted in PREDICTED:
+            counts = check(executor, *problem(batch=batch, bits=bits, predicted=predicted, name=name, spec=spec), spec)
+            shares = np.asarray(counts)[:, 0] / 300
+            expected = {"none": shares == 0, "some": (shares > 0.2) & (shares < 0.8), "all": shares == 1}[predicted]
+            assert expected.all(), predicted
+
+    @pytest.mark.parametrize("storage", ["bfloat16", "float16", "int8"])
+    @pytest.mark.parametrize(("batch", "bits"), [(1, 4), (8, 16), (11, 8)])
+    def test_sparse_ffn_on_stored_weights(self, executor, storage, batch, bits):
+        spec = dataclasses.replace(KINDS["drelu"], pipeline="parallel" if batch == 8 else "sequential")
+        for predicted in PREDICTED:
+            check(executor, *problem(storage=storage, predicted=predicted, batch=batch, bits=bits), spec)
+
+    @pytest.mark.parametrize(("width", "neurons", "rank"), [(8, 1, 1), (33, 127, 7), (64, 128, 1), (31, 257, 31)])
+    def test_sparse_ffn_at_odd_shapes(self, executor, width, neurons, rank):
+        for bits in (16, 8, 4):
+            check(executor, *problem(width=width, neurons=neurons, rank=rank, bits=bits), KINDS["reglu"])
+
+    @by_name(DENSE_FFNS)
+    @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "int8"])
+    @pytest.mark.parametrize("tokens", [(1,), (3,), (2, 40), (600,)])
+    def test_dense_ffn_is_the_ffn_of_all_neurons(self, executor, name, spec, storage, tokens):
+        """Of a decode step and of a prefill, which executors may compute in different ways."""
+        x, ffn, _ = problem(batch=int(np.prod(tokens)), storage=storage, name=name, spec=spec)
+        expected, _ = oracle.ffn(x, ffn, None, spec)
+        allowed = tolerance(executor, storage)
+        if isinstance(executor, Npu):
+            ffn = executor.place_ffn(ffn)
+        y = _dense_ffn(x.reshape(*tokens, -1), ffn, executor=executor, spec=spec)
+        assert y.shape == (*tokens, x.shape[-1])
+        expected = expected.reshape(y.shape)
+        np.testing.assert_allclose(y, expected, rtol=0, atol=allowed * np.abs(expected).max())
+
+    @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "int8", "int4"])
+    @pytest.mark.parametrize(("tokens", "width"), [((), 96), ((1,), 33), ((8,), 96), ((2, 40), 31), ((600,), 96)])
+    def test_project(self, executor, storage, tokens, width):
+        count = int(np.prod(tokens))
+        x, ffn, _ = problem(batch=count, width=width, storage="float32" if storage == "int4" else storage)
+        weights = [quantize_rows(m, 4) if storage == "int4" else m for m in (ffn.gate, ffn.up)]
+        bias = jnp.arange(ffn.gate.shape[0], dtype=jnp.float32) / 64
+        first, second = map(Linear, weights)
+        with_bias = dataclasses.replace(second, bias=bias)
+        outs = _project(x.reshape(*tokens, width), [first, with_bias], executor=executor)
+        outs = (*outs, *_project(x.reshape(*tokens, width), [second], executor=executor))
+        for linear, out in zip((first, with_bias, second), outs):
+            expected = np.asarray(x, np.float64) @ oracle.matrix(linear.rows).T
+            expected = (expected + (0 if linear.bias is None else np.asarray(bias))).reshape(*tokens, -1)
+            np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+    @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "int8", "int4"])
+    @pytest.mark.parametrize("width", [96, 31])
+    def test_rows(self, executor, storage, width):
+        _, ffn, _ = problem(width=width, storage="float32" if storage == "int4" else storage)
+        matrix = quantize_rows(ffn.gate, 4) if storage == "int4" else ffn.gate
+        found = jax.jit(executor.rows)(matrix, jnp.asarray([7, 0, 299, 7, 300, 2**31 - 1], jnp.int32))
+        expected = np.concatenate([oracle.matrix(matrix)[[7, 0, 299, 7]], np.zeros((2, width))])
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "head_dim", "slots", "window"),
+        [(4, 4, 64, 200, None), (6, 2, 128, 96, 96), (4, 2, 10, 70, 33), (7, 1, 128, 300, None), (12, 2, 64, 70, None)],
+    )
+    def test_attend(self, executor, dtype, heads, kv_heads, head_dim, slots, window):
+        """A token in an unfilled cache, and one in a ring buffer that has gone round."""
+        keys = jax.random.split(jax.random.key(0), 5)
+        q = jax.random.normal(keys[0], (2, heads, head_dim))
+        k, v = (jax.random.normal(key, (2, kv_heads, head_dim)).astype(dtype).astype(jnp.float32) for key in keys[1:3])
+        cache = tuple(jax.random.normal(key, (2, slots, kv_heads, head_dim)).astype(dtype) for key in keys[3:])
+        position = jnp.asarray([5, slots + 31], jnp.int32)
+        out, new_cache = _attend(q, k, v, position, cache, executor=executor, window=window)
+        expected, expected_cache = oracle.attend(q, k, v, position, cache, window)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE)
+        for side, wanted in zip(new_cache, expected_cache):
+            assert side.dtype == dtype
+            np.testing.assert_array_equal(np.asarray(side, np.float64), wanted)
+
+    def test_a_damaged_key_does_not_hide(self, executor):
+        """NaN at the newest position, alone in its block of 64 slots, comes out as NaN."""
+        cache = tuple(jnp.zeros((1, 128, 2, 64), jnp.bfloat16) for _ in range(2))
+        ones = jnp.ones((1, 2, 64))
+        position = jnp.array([64], jnp.int32)
+        out, _ = _attend(ones, jnp.nan * ones, ones, position, cache, executor=executor, window=None)
+        assert np.isnan(np.asarray(out)).all()
+
+    def test_sparse_ffn_reads_no_row_that_is_not_predicted(self, executor):
+        """Rows of neurons that are not predicted hold NaN: one that is read, or a masked dense product, would show."""
+        x, ffn, predictor = problem(batch=1)
+        scores = np.asarray(x, np.float64) @ oracle.matrix(predictor.a).T @ oracle.matrix(predictor.b).T
+        keep = jnp.asarray(scores[0] + np.asarray(predictor.bias) > 0)[:, None]
+        for _, spec in SPARSE_FFNS:
+            up = None if spec.up is None else ffn.up
+            matrices = (None if m is None else jnp.where(keep, m, jnp.nan) for m in (ffn.gate, up, ffn.down_t))
+            y, _ = sparse_ffn(executor, x, FFNWeights(*matrices, ffn.threshold), predictor, spec)
+            expected, _ = oracle.ffn(x, dataclasses.replace(ffn, up=up), predictor, spec)
+            np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
