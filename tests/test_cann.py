@@ -81,7 +81,13 @@ def cpp_compiler_works() -> bool:
     "backend",
     [
         "aot_eager",
-        pytest.param("inductor", marks=pytest.mark.skipif(not cpp_compiler_works(), reason="no C++ compiler")),
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.nightly,
+                pytest.mark.skipif(not cpp_compiler_works(), reason="no C++ compiler"),
+            ],
+        ),
     ],
 )
 def test_the_ops_compile(backend):
@@ -346,6 +352,7 @@ def test_tensors_go_when_their_arrays_go():
     assert handover.counts() == before
 
 
+@pytest.mark.nightly
 def test_a_thousand_steps_leave_memory_flat(fitted, npu):
 
     def steps(count):
@@ -361,6 +368,7 @@ def test_a_thousand_steps_leave_memory_flat(fitted, npu):
     assert memory_after - memory < 30e6
 
 
+@pytest.mark.nightly
 def test_a_thousand_callbacks_leave_memory_flat():
     executor = on("cpu", whole=False)
     x, ffn, predictor, spec = small_layer(executor)

@@ -15,7 +15,7 @@ SOURCES = [
 FLAGS = ["-std=c++17", "-O1", "-g", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
 
 
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+@pytest.mark.parametrize("sanitizers", ["address,undefined", pytest.param("thread", marks=pytest.mark.nightly)])
 def test_native_operations(sanitizers, tmp_path):
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
