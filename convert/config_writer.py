@@ -28,6 +28,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict:
         name
         for name, wanted in (
             ("MiniCPM scales with q/k/v biases", scaled and config.qkv_bias),
+            ("an FFN without up_proj", config.ffn_spec().up is None),
             ("MiniCPM scales with a sliding window", scaled and config.sliding_window is not None),
         )
         if wanted
