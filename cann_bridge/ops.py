@@ -1,7 +1,8 @@
 """The FFN as torch custom ops, `jsparse::dense_ffn` and `jsparse::sparse_ffn`, for CPU and NPU tensors.
 
 Matrices are (F, D) floats of one dtype, in which products are taken; x, threshold (F,) and the results are float32.
-`activation` is phi: relu, which keeps a gate above its neuron's threshold, or silu, for the dense op alone.
+`activation` is phi: relu, which keeps a gate above its neuron's threshold, relu2, its square, or silu, for the dense op
+alone.
 `up_activation` is psi: linear or relu. Without `up` the FFN is phi(gate x) alone.
 """
 
@@ -12,6 +13,7 @@ from cann_bridge.devices import import_torch
 
 _ACTIVATIONS = {
     "relu": lambda gate, threshold: import_torch().where(gate > threshold, gate, import_torch().zeros_like(gate)),
+    "relu2": lambda gate, threshold: _ACTIVATIONS["relu"](gate, threshold) ** 2,
     "silu": lambda gate, threshold: import_torch().nn.functional.silu(gate),
 }
 _UP_ACTIVATIONS = {"linear": lambda up: up, "relu": lambda up: up.relu()}

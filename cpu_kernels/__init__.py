@@ -24,7 +24,7 @@ except ModuleNotFoundError:
 except ImportError as error:
     _native, _MISSING = None, str(error)
 
-ACTIVATIONS = ("relu", "silu")
+ACTIVATIONS = ("relu", "relu2", "silu")
 UP_ACTIVATIONS = ("none", "linear", "relu")
 """What may be applied to gate and up values, in the order of the native enumerations; `none` where there is no up."""
 _PREFIX = "jsparse_cpu_"
@@ -86,7 +86,7 @@ def dense_ffn(
 
     Args:
       up: None for an FFN of phi(gate x) alone.
-      activation: phi, `relu` (which keeps what is greater than the neuron's threshold) or `silu`.
+      activation: phi, `relu` (which keeps what is greater than the neuron's threshold), `relu2`, its square, or `silu`.
       up_activation: psi, `linear` or `relu`.
     """
     out = jax.ShapeDtypeStruct(x.shape, jnp.float32)

@@ -22,6 +22,7 @@ __all__ = ["Matrix", "Tiles", "attend", "dense_ffn", "linear", "sparse_ffn", "ta
 _OLDEST = (8, 0)
 _ACTIVATIONS: dict[str, Callable] = {
     "relu": lambda gate, threshold: jnp.where(gate > threshold, gate, 0),
+    "relu2": lambda gate, threshold: jnp.where(gate > threshold, gate * gate, 0),
     "silu": lambda gate, threshold: jax.nn.silu(gate),
 }
 _UP_ACTIVATIONS: dict[str, Callable] = {"linear": lambda up: up, "relu": lambda up: jnp.maximum(up, 0)}
@@ -68,7 +69,7 @@ def dense_ffn(
 
     Args:
       up: None for an FFN of phi(gate x) alone.
-      activation: phi, `relu` (which keeps what is greater than the neuron's threshold) or `silu`.
+      activation: phi, `relu` (which keeps what is greater than the neuron's threshold), `relu2`, its square, or `silu`.
       up_activation: psi, `linear` or `relu`.
     """
     phi, psi = _functions(activation, up_activation)

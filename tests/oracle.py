@@ -22,6 +22,7 @@ def matrix(stored) -> np.ndarray:
 
 ACTIVATIONS = {
     "relu": lambda gate, threshold: np.where(gate > threshold, gate, 0),
+    "relu2": lambda gate, threshold: np.where(gate > threshold, gate**2, 0),
     "silu": lambda gate, threshold: gate / (1 + np.exp(-gate)),
 }
 

@@ -94,6 +94,7 @@ KINDS = {
     "minicpm": dataclasses.replace(
         TINY, ffn_kind="fatrelu", ffn_threshold=0.1, embed_scale=1.5, residual_scale=0.7, logit_scale=0.5
     ),
+    "relu2": dataclasses.replace(TINY, ffn_kind="relu2", residual_scale=0.2),
     "window": dataclasses.replace(TINY, sliding_window=5, qkv_bias=True),
 }
 
@@ -108,10 +109,13 @@ def naive(params: jsparse.Params, prompt: np.ndarray, steps: int) -> tuple[np.nd
     tokens[: len(prompt)] = prompt
 
     def restricted(x, ffn, predictor, is_decoded):
-        gate, up, down_t = (jnp.asarray(oracle.matrix(m), jnp.float32) for m in (ffn.gate, ffn.up, ffn.down_t))
-        both = x @ up.T
-        both = jnp.maximum(both, 0) if config.ffn_kind == "drelu" else both
-        hidden = jnp.where(x @ gate.T > config.ffn_threshold, x @ gate.T, 0) * both
+        gate, down_t = (jnp.asarray(oracle.matrix(m), jnp.float32) for m in (ffn.gate, ffn.down_t))
+        hidden = jnp.where(x @ gate.T > config.ffn_threshold, x @ gate.T, 0)
+        if config.ffn_kind == "relu2":
+            hidden = hidden**2
+        else:
+            up = x @ jnp.asarray(oracle.matrix(ffn.up), jnp.float32).T
+            hidden = hidden * (jnp.maximum(up, 0) if config.ffn_kind == "drelu" else up)
         if predictor is None:
             return hidden @ down_t, jnp.zeros(2, jnp.int32)
         a, b = (jnp.asarray(oracle.matrix(m), jnp.float32) for m in (predictor.a, predictor.b))
@@ -179,7 +183,7 @@ def test_dense_tokens_are_those_of_a_naive_loop(kind):
     assert len(set(expected.tolist())) > 5
 
 
-@pytest.mark.parametrize("kind", ["reglu", "drelu", "fatrelu"])
+@pytest.mark.parametrize("kind", ["reglu", "drelu", "fatrelu", "relu2"])
 def test_sparse_tokens_and_counts_are_those_of_a_naive_loop(kind):
     params = with_random_predictors(random_params(KINDS[kind]))
     expected, counts = naive(params, PROMPT, 20)
@@ -192,7 +196,10 @@ def test_sparse_tokens_and_counts_are_those_of_a_naive_loop(kind):
         assert found[0].decoded_tokens == 19
         predicted, active = counts.sum(axis=0)
         rows = predicted + 2 * active if pipeline == "sequential" else 2 * predicted + active
-        assert found[0].rows_read == pytest.approx(rows / (19 * 3 * 3 * 256))
+        matrices = 3
+        if kind == "relu2":
+            rows, matrices = predicted + active, 2
+        assert found[0].rows_read == pytest.approx(rows / (19 * 3 * matrices * 256))
     assert not np.array_equal(dense, expected), "the predictors skip nothing that matters"
     assert tokens[0] == dense[0], "prefill is dense"
 

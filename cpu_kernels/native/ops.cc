@@ -116,6 +116,7 @@ void LinearBlock(const Context& context, const float* x, int64_t num_x, const st
 float Phi(const FfnSpec& spec, float gate, float threshold) {
   switch (spec.activation) {
     case Activation::kRelu: return gate > threshold ? gate : 0.0f;
+    case Activation::kRelu2: return gate > threshold ? gate * gate : 0.0f;
     case Activation::kSilu: return gate / (1.0f + std::exp(-gate));
   }
   return 0;

@@ -15,9 +15,10 @@ struct Context {
   const Pool& pool;
 };
 
-// What is applied to gate values: kRelu keeps those above their neuron's threshold, kSilu is x / (1 + exp(-x)).
-enum class Activation : int { kRelu, kSilu };
-inline constexpr const char* kActivations[] = {"relu", "silu"};
+// What is applied to gate values: kRelu keeps those above their neuron's threshold, kRelu2 squares what it keeps, kSilu
+// is x / (1 + exp(-x)).
+enum class Activation : int { kRelu, kRelu2, kSilu };
+inline constexpr const char* kActivations[] = {"relu", "relu2", "silu"};
 // What is applied to up values; kNone where an FFN has none.
 enum class UpActivation : int { kNone, kLinear, kRelu };
 inline constexpr const char* kUpActivations[] = {"none", "linear", "relu"};

@@ -30,6 +30,7 @@ def linear(x: Float[Array, "... D"], weight: Matrix) -> Float[Array, "... out"]:
 
 _ACTIVATIONS = {
     "relu": lambda gate, threshold: jnp.where(gate > threshold, gate, 0),
+    "relu2": lambda gate, threshold: jnp.where(gate > threshold, gate * gate, 0),
     "silu": lambda gate, threshold: jax.nn.silu(gate),
 }
 _UP = {"linear": lambda up: up, "relu": jax.nn.relu}

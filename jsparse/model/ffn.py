@@ -11,13 +11,14 @@ class FFNSpec:
     """FFN(x) = down_t^T (phi(gate x) * psi(up x)); static under jit.
 
     Attributes:
-      activation: phi. `relu` keeps a gate value that is greater than the neuron's threshold, `silu` is x sigmoid(x).
+      activation: phi. `relu` keeps a gate value that is greater than the neuron's threshold, `relu2` squares what relu
+        keeps, `silu` is x sigmoid(x).
       up: psi, `linear` or `relu`; None where the FFN has no up matrix, and phi(gate x) stands alone.
       pipeline: `sequential` computes the gate on the predicted neurons, and up and down on those whose gate survives;
         `parallel` computes gate and up on all predicted neurons at once, and down on the survivors.
     """
 
-    activation: Literal["relu", "silu"]
+    activation: Literal["relu", "relu2", "silu"]
     up: Literal["linear", "relu"] | None = "linear"
     pipeline: Pipeline = "sequential"
 
@@ -42,6 +43,7 @@ KINDS: dict[str, FFNSpec] = {
     "reglu": FFNSpec("relu"),
     "drelu": FFNSpec("relu", up="relu"),
     "fatrelu": FFNSpec("relu"),
+    "relu2": FFNSpec("relu2", up=None),
     "swiglu": FFNSpec("silu"),
 }
 """The FFNs that models have, by the names in their configurations. `fatrelu` alone has a threshold beside 0."""

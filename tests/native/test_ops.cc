@@ -290,6 +290,7 @@ struct FfnCase {
     for (int64_t j = 0; j < gate.view.rows; ++j) {
       if (sparse && !(scores[j] + bias[j] > 0)) continue;
       double h = spec.activation == Activation::kSilu ? g[j] / (1 + std::exp(-g[j])) : g[j] > threshold[j] ? g[j] : 0;
+      if (spec.activation == Activation::kRelu2) h *= h;
       if (spec.up != UpActivation::kNone) h *= spec.up == UpActivation::kRelu ? std::fmax(u[j], 0) : u[j];
       ++counts[0];
       counts[1] += h != 0;
@@ -308,6 +309,7 @@ void TestFfn(const Case& c) {
                {Activation::kRelu, UpActivation::kRelu, 0},
                {Activation::kRelu, UpActivation::kLinear, 0.5},
                {Activation::kRelu, UpActivation::kNone, 0.25},
+               {Activation::kRelu2, UpActivation::kNone, 0},
                {Activation::kSilu, UpActivation::kLinear, 0}};
   const struct {
     int64_t width, neurons, rank;
