@@ -13,9 +13,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from convert.errors import ConversionError, listing
+from convert.errors import ConversionError
 from convert.fields import Fields
 from convert.files import read_json
+from jsparse.errors import listing
 from jsparse.model.config import PRESETS, ModelConfig, RopeScaling
 from jsparse.model.ffn import KINDS
 

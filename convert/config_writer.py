@@ -3,7 +3,8 @@
 import math
 
 from convert.config import ARCHITECTURES
-from convert.errors import ConversionError, listing
+from convert.errors import ConversionError
+from jsparse.errors import listing
 from jsparse.model.config import ModelConfig
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from convert.config import read_config
 from convert.config_writer import write_config
-from convert.errors import ConversionError, listing
+from convert.errors import ConversionError
 from convert.files import new_directory
 from convert.mapping import (
     TRAINED_PREDICTOR,
@@ -25,6 +25,7 @@ from convert.mapping import (
 from convert.tensors import open_checkpoint, read_safetensors
 from jsparse.arrays import DTYPES, QuantizedRows
 from jsparse.directories import read_path
+from jsparse.errors import listing
 from jsparse.model.parameters import check_weights
 from jsparse.model.weights import Params, check_params
 from jsparse.settings import with_own_settings

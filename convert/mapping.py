@@ -12,9 +12,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from convert.errors import ConversionError, listing
+from convert.errors import ConversionError
 from convert.tensors import Index, StoredTensor
 from jsparse.arrays import QuantizedRows, aligned_empty, dequantize, quantize_rows_jit
+from jsparse.errors import listing
 from jsparse.model.config import ModelConfig
 from jsparse.model.parameters import Role, by_path, make_weights, parameters
 from jsparse.model.weights import Weights

@@ -11,11 +11,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from convert.errors import ConversionError, listing
+from convert.errors import ConversionError
 from convert.files import new_directory
 from convert.tensors import StoredTensor, import_torch, read_torch
 from jsparse.arrays import dequantize
 from jsparse.directories import read_path
+from jsparse.errors import listing
 from jsparse.model.config import ModelConfig
 from jsparse.model.weights import Params, Predictor, check_params
 from jsparse.settings import with_own_settings

@@ -13,8 +13,9 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from convert.errors import ConversionError, listing
+from convert.errors import ConversionError
 from convert.files import check_file, read_json
+from jsparse.errors import listing
 
 _DTYPES = {
     "F64": np.dtype(np.float64),

@@ -341,7 +341,8 @@ CONFIG = ModelConfig(32, 48, 2, 4, 2, 64)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"qkv_bias": True, "embed_scale": 12.0}, {"sliding_window": 6, "logit_scale": 0.5}]
+    "changes",
+    [{"qkv_bias": True, "embed_scale": 12.0}, {"sliding_window": 6, "logit_scale": 0.5}, {"ffn_kind": "relu2"}],
 )
 def test_what_no_architecture_has_is_not_exported(changes, tmp_path):
     params = from_huggingface(model(tmp_path / "source"))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jsparse.arrays import Matrix, QuantizedRows
-from jsparse.errors import JsparseError, some_of
+from jsparse.errors import JsparseError, listing
 from jsparse.model.config import ModelConfig
 from jsparse.model.weights import AttentionWeights, FFNWeights, Layer, Linear, Weights
 from jsparse.typing import Array
@@ -134,4 +134,4 @@ def check_leaves(leaves: dict[str, Matrix | Array], config: ModelConfig) -> None
         if found[path] != wanted[path]
     ]
     if problems:
-        raise JsparseError(f"the weights do not fit the config: {some_of(sorted(problems))}")
+        raise JsparseError(f"the weights do not fit the config: {listing(sorted(problems), between='; ')}")

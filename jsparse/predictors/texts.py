@@ -7,7 +7,7 @@ from typing import Any
 
 from jsparse.checkpoints.open import DEFAULT_MODEL
 from jsparse.directories import check_pointer
-from jsparse.errors import JsparseError
+from jsparse.errors import JsparseError, listing
 
 
 def read_prompts(path: Path) -> list[Any]:
@@ -40,8 +40,7 @@ def read_prompts(path: Path) -> list[Any]:
         else:
             problems.append(f"line {number} has neither a 'text' string nor a 'messages' list")
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise JsparseError(f"{path}: {'; '.join(problems[:5])}{more}")
+        raise JsparseError(f"{path}: {listing(problems, most=5, between='; ')}")
     return texts
 
 
