@@ -26,12 +26,14 @@ def causal_attention(
             mask &= ahead < window
         return _attention(queries, k, v, mask[None, None])
 
-    if length <= _QUERY_BLOCK or length % _QUERY_BLOCK:
+    if length <= _QUERY_BLOCK:
         return attend(0, q)
-    blocks = q.reshape(q.shape[0], -1, _QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
+    # Behind the last query stand some of zeros, whose results are dropped.
+    padded = jnp.pad(q, ((0, 0), (0, -length % _QUERY_BLOCK), (0, 0), (0, 0)))
+    blocks = padded.reshape(q.shape[0], -1, _QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
     starts = jnp.arange(blocks.shape[0]) * _QUERY_BLOCK
     out = jax.lax.map(lambda block: attend(*block), (starts, blocks))
-    return out.swapaxes(0, 1).reshape(q.shape)
+    return out.swapaxes(0, 1).reshape(padded.shape)[:, :length]
 
 
 def _attention(q, k, v, mask):
