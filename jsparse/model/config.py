@@ -124,28 +124,63 @@ class ModelConfig:
         return cls(**fields)
 
 
-_LLAMA2_7B = ModelConfig(4096, 11008, 32, 32, 32, 32000)
-_MISTRAL_7B = ModelConfig(4096, 14336, 32, 32, 8, 32000, ffn_kind="drelu", sliding_window=4096)
+_LLAMA2_7B = ModelConfig(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    vocab_size=32000,
+)
+_MISTRAL_7B = ModelConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    vocab_size=32000,
+    ffn_kind="drelu",
+    sliding_window=4096,
+)
+_MINICPM_1B = ModelConfig(
+    hidden_size=1536,
+    intermediate_size=3840,
+    num_layers=52,
+    num_heads=24,
+    num_kv_heads=8,
+    vocab_size=73440,
+)
 
 PRESETS: dict[str, ModelConfig] = {
     "SparseLLM/prosparse-llama-2-7b": dataclasses.replace(_LLAMA2_7B, ffn_kind="fatrelu", ffn_threshold=0.01),
     "SparseLLM/prosparse-llama-2-13b": ModelConfig(
-        5120, 13824, 40, 40, 40, 32000, ffn_kind="fatrelu", ffn_threshold=0.01
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_layers=40,
+        num_heads=40,
+        num_kv_heads=40,
+        vocab_size=32000,
+        ffn_kind="fatrelu",
+        ffn_threshold=0.01,
     ),
     "SparseLLM/ReluLLaMA-7B": dataclasses.replace(_LLAMA2_7B, context_length=2048),
     "PowerInfer/Bamboo-base-v0_1": _MISTRAL_7B,
     "Tiiny/Bamboo-DPO-v0_1": _MISTRAL_7B,
     "Tiiny/TurboSparse-Mistral-Instruct": dataclasses.replace(_MISTRAL_7B, vocab_size=32064),
     "Tiiny/SparseQwen2-7B": ModelConfig(
-        3584, 18944, 28, 28, 4, 152064, ffn_kind="drelu", norm_eps=1e-6, qkv_bias=True, context_length=32768
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        vocab_size=152064,
+        ffn_kind="drelu",
+        norm_eps=1e-6,
+        qkv_bias=True,
+        context_length=32768,
     ),
-    "openbmb/MiniCPM-S-1B-sft": ModelConfig(
-        1536,
-        3840,
-        52,
-        24,
-        8,
-        73440,
+    "openbmb/MiniCPM-S-1B-sft": dataclasses.replace(
+        _MINICPM_1B,
         ffn_kind="fatrelu",
         ffn_threshold=0.03,
         embed_scale=12.0,
@@ -153,6 +188,6 @@ PRESETS: dict[str, ModelConfig] = {
         logit_scale=256 / 1536,
         tie_embeddings=True,
     ),
-    "openbmb/MiniCPM-S-1B-sft-llama-format": ModelConfig(1536, 3840, 52, 24, 8, 73440),
+    "openbmb/MiniCPM-S-1B-sft-llama-format": _MINICPM_1B,
 }
 PRESETS = {name: dataclasses.replace(config, name=name) for name, config in PRESETS.items()}
