@@ -6,11 +6,8 @@ of arithmetic solutions.
 
 import argparse
 import dataclasses
-import json
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -18,12 +15,8 @@ from rich.table import Table
 
 import jsparse
 from jsparse.arrays import DTYPES
-from jsparse.checkpoints.open import DEFAULT_MODEL
+from jsparse.evaluation.scoring import held_out_rows, read_lines, teacher_forced
 from jsparse.executors.select import select_executor
-from jsparse.executors.xla import activate, activate_up
-from jsparse.model.decoder import Decoder
-from jsparse.model.layers import apply
-from jsparse.model.weights import Linear
 from jsparse.predictors.options import CalibrationOptions
 from jsparse.predictors.texts import default_texts
 
@@ -31,39 +24,6 @@ SPARSITIES = (0.5, 0.7, 0.85, 0.95)
 RANK_SHARES = (16, 8, 4)
 BITS = (16, 8, 4)
 BATCH = 100
-
-
-def read_lines(name: str) -> list[dict]:
-    return [json.loads(line) for line in (DEFAULT_MODEL / name).read_text(encoding="utf-8").splitlines()]
-
-
-def held_out_rows(params: jsparse.Params, count: int) -> np.ndarray:
-    """Windows (count, context_length) of held-out code, each behind <s>."""
-    width = params.config.context_length - 1
-    texts = [params.tokenizer.encode(entry["text"])[1:] for entry in read_lines("held_out_code.jsonl")]
-    windows = [text[i : i + width] for text in texts for i in range(0, len(text) - width + 1, width)]
-    rows = np.random.default_rng(0).permutation(np.asarray(windows))[:count]
-    return np.concatenate([np.full((len(rows), 1), params.config.bos_token_id), rows], axis=1)
-
-
-@partial(jax.jit, static_argnames=("config", "executor"))
-def teacher_forced(weights, predictors, row, config, executor):
-    """Log-probabilities (T, V) of one row and the layers' counts (L, 3): predicted, caught, truly active."""
-    spec = config.ffn_spec()
-
-    def feed_forward(layer, x, ffn):
-        flat = x[0]
-        gate, up = executor.project(flat, [Linear(ffn.gate), Linear(ffn.up)])
-        hidden = activate(spec, gate, ffn.threshold) * activate_up(spec, up)
-        active = jnp.sum(hidden != 0)
-        if predictors is None:
-            return executor.dense_ffn(x, ffn, spec), jnp.stack([active, active, active])
-        y, counts = executor.sparse_ffn(flat, ffn, predictors[layer], spec)
-        return y[None], jnp.append(jnp.sum(counts, axis=0), active)
-
-    decoder = Decoder(config, executor)
-    logits, _, counts = apply(decoder, weights, row[None], jnp.arange(row.size)[None], feed_forward)
-    return jax.nn.log_softmax(logits[0]), jnp.stack(counts)
 
 
 def arithmetic_exact_match(params: jsparse.Params, problems: list[dict], sparse: bool) -> float:

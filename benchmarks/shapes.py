@@ -1,4 +1,4 @@
-"""Workload shapes shared by benchmarks and tests."""
+"""Workload shapes of the benchmarks."""
 
 from jsparse.model.config import PRESETS, ModelConfig
 

@@ -24,12 +24,12 @@ import jax
 from jax.experimental import topologies
 
 import pallas_kernels
-from benchmarks.shapes import SHAPES
 from jsparse.arrays import QuantizedRows
 from jsparse.decoding.forward import Model
 from jsparse.decoding.loop import DecodeState, decode_chunk
 from jsparse.decoding.sampling import Sampling
 from jsparse.executors.kernels import KernelExecutor, activations
+from jsparse.model.config import PRESETS
 from jsparse.model.ffn import KINDS
 from jsparse.model.parameters import weight_shapes
 from jsparse.model.weights import Predictor
@@ -158,7 +158,7 @@ def attention_operands(batch: int, heads: int, kv_heads: int, head_dim: int, str
 
 def count_kernels(shape: str, layers: int, mesh, struct) -> int:
     """Kernels of a sparse decode step of that many layers, greedy, one sequence, bfloat16, 4-bit predictor."""
-    config = dataclasses.replace(SHAPES[shape], num_layers=layers)
+    config = dataclasses.replace(PRESETS[shape], num_layers=layers)
     width, neurons, rank = config.hidden_size, config.intermediate_size, config.hidden_size // 4
 
     def int4(rows, columns):
@@ -208,7 +208,7 @@ def main() -> None:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 jax.jit(function).lower(*arrays).compile()
             results["kernels"][f"{name}-{gpu}"] = resources()
-    for shape in ("Llama-2-7B", "Qwen2-7B"):
+    for shape in ("SparseLLM/prosparse-llama-2-7b", "Tiiny/SparseQwen2-7B"):
         two, three = (count_kernels(shape, layers, mesh, struct) for layers in (2, 3))
         results["decode"][shape] = {"layer": three - two, "rest": two - 2 * (three - two)}
     print(json.dumps(results))

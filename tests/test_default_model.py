@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import jsparse
-from benchmarks.quality import held_out_rows, read_lines, teacher_forced
 from jsparse.checkpoints.open import DEFAULT_MODEL
+from jsparse.evaluation.scoring import held_out_rows, read_lines, teacher_forced
 from jsparse.executors.select import select_executor
 
 

@@ -125,6 +125,11 @@ def test_convert_knows_what_lies_below_executors():
                 assert layer_of(name) <= most, f"{module} imports {name}"
 
 
+def test_tests_do_not_import_benchmarks():
+    for path in files("tests"):
+        assert not {name for name, _ in imports(path) if name.split(".")[0] == "benchmarks"}, path
+
+
 def test_core_modules_do_not_import_heavy_libraries_at_import_time():
     for path in files("jsparse") + files("convert"):
         for name, at_import in imports(path):

@@ -1,0 +1,64 @@
+"""Log-probabilities of given text, token by token through the executor's sparse FFN."""
+
+import json
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse.checkpoints.open import DEFAULT_MODEL
+from jsparse.executors.xla import activate, activate_up
+from jsparse.model.config import ModelConfig
+from jsparse.model.decoder import Decoder
+from jsparse.model.executor import Executor
+from jsparse.model.layers import apply
+from jsparse.model.weights import Linear, Params, Predictor, Weights
+from jsparse.typing import Array, Float, Int
+
+
+def read_lines(name: str) -> list[dict[str, Any]]:
+    """The entries of a .jsonl file that comes with the shipped model."""
+    return [json.loads(line) for line in (DEFAULT_MODEL / name).read_text(encoding="utf-8").splitlines()]
+
+
+def held_out_rows(params: Params, count: int) -> Int[np.ndarray, "count T"]:
+    """Windows of held-out code as long as the context, each behind the shipped model's <s>."""
+    width = params.config.context_length - 1
+    texts = [params.tokenizer.encode(entry["text"])[1:] for entry in read_lines("held_out_code.jsonl")]
+    windows = [text[i : i + width] for text in texts for i in range(0, len(text) - width + 1, width)]
+    rows = np.random.default_rng(0).permutation(np.asarray(windows))[:count]
+    return np.concatenate([np.full((len(rows), 1), params.config.bos_token_id), rows], axis=1)
+
+
+@partial(jax.jit, static_argnames=("config", "executor"))
+def teacher_forced(
+    weights: Weights,
+    predictors: tuple[Predictor, ...] | None,
+    row: Int[Array, "T"],
+    config: ModelConfig,
+    executor: Executor,
+) -> tuple[Float[Array, "T V"], Int[Array, "L 3"]]:
+    """Log-probabilities after every token of a row, its FFNs sparse where there are predictors.
+
+    Returns:
+      the log-probabilities, and of each layer the neurons predicted, those of them that are active, and all active
+      ones; without predictors all three are the active ones.
+    """
+    spec = config.ffn_spec()
+
+    def feed_forward(layer, x, ffn):
+        flat = x[0]
+        hidden = activate(spec, executor.project(flat, [Linear(ffn.gate)])[0], ffn.threshold)
+        if ffn.up is not None:
+            hidden = hidden * activate_up(spec, executor.project(flat, [Linear(ffn.up)])[0])
+        active = jnp.sum(hidden != 0)
+        if predictors is None:
+            return executor.dense_ffn(x, ffn, spec), jnp.stack([active, active, active])
+        y, counts = executor.sparse_ffn(flat, ffn, predictors[layer], spec)
+        return y[None], jnp.append(jnp.sum(counts, axis=0), active)
+
+    decoder = Decoder(config, executor)
+    logits, _, counts = apply(decoder, weights, row[None], jnp.arange(row.size)[None], feed_forward)
+    return jax.nn.log_softmax(logits[0]), jnp.stack(counts)
