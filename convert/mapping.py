@@ -14,7 +14,7 @@ from rich.progress import track
 
 from convert.errors import ConversionError
 from convert.tensors import Index, StoredTensor
-from jsparse.arrays import QuantizedRows, aligned_empty, dequantize, quantize_rows_jit
+from jsparse.arrays import QuantizedRows, aligned_empty, dequantize, quantize_by_blocks
 from jsparse.errors import listing
 from jsparse.model.config import ModelConfig
 from jsparse.model.parameters import Role, by_path, make_weights, parameters
@@ -173,12 +173,12 @@ def _finite(name: str, tensor: StoredTensor, index: Index) -> np.ndarray:
 
 def _quantize(name: str, tensor: StoredTensor, transposed: bool) -> QuantizedRows:
     shape = tensor.shape[::-1] if transposed else tensor.shape
-    values, scale = aligned_empty(shape, np.dtype(np.int8)), np.empty(shape[0], np.float32)
-    for rows in _blocks(shape):
-        part = _finite(name, tensor, (slice(None), rows)).T if transposed else _finite(name, tensor, rows)
-        block = quantize_rows_jit(part.astype(np.float32), 8)
-        values[rows], scale[rows] = block.values, block.scale
-    return QuantizedRows(jax.device_put(values), jnp.asarray(scale), 8, shape[1])
+
+    def part(rows: slice) -> np.ndarray:
+        stored = _finite(name, tensor, (slice(None), rows)).T if transposed else _finite(name, tensor, rows)
+        return stored.astype(np.float32)
+
+    return quantize_by_blocks(shape, _blocks(shape), part)
 
 
 def _blocks(shape: tuple[int, ...]) -> list[slice]:

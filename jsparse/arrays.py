@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import jax
@@ -95,20 +96,29 @@ def cast(matrix: Matrix, dtype: str) -> Matrix:
     if (is_low_bit and matrix.bits == 8 and dtype == "int8") or (not is_low_bit and matrix.dtype == dtype):
         return matrix
     rows, columns = matrix.shape
-    values = aligned_empty((rows, columns), jnp.dtype(dtype))
-    scale = np.empty((rows,), np.float32)
+
+    def part(block: slice) -> Array:
+        return take_rows(matrix, jnp.arange(block.start, block.stop))
+
     step = max(1, _CAST_ELEMENTS // columns)
-    for start in range(0, rows, step):
-        block = slice(start, min(start + step, rows))
-        part = take_rows(matrix, jnp.arange(block.start, block.stop))
-        if dtype == "int8":
-            quantized = quantize_rows_jit(part, 8)
-            values[block], scale[block] = quantized.values, quantized.scale
-        else:
-            values[block] = part.astype(dtype)
+    blocks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     if dtype == "int8":
-        return QuantizedRows(jax.device_put(values), jnp.asarray(scale), 8, columns)
+        return quantize_by_blocks(matrix.shape, blocks, part)
+    values = aligned_empty(matrix.shape, jnp.dtype(dtype))
+    for block in blocks:
+        values[block] = part(block).astype(dtype)
     return jax.device_put(values)
+
+
+def quantize_by_blocks(
+    shape: tuple[int, int], blocks: Iterable[slice], part: Callable[[slice], Array]
+) -> QuantizedRows:
+    """`quantize_rows` to 8 bits of a matrix of that shape, of which `part(block)` gives some rows in float32."""
+    values, scale = aligned_empty(shape, np.dtype(np.int8)), np.empty(shape[0], np.float32)
+    for block in blocks:
+        quantized = quantize_rows_jit(part(block), 8)
+        values[block], scale[block] = quantized.values, quantized.scale
+    return QuantizedRows(jax.device_put(values), jnp.asarray(scale), 8, shape[1])
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
