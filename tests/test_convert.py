@@ -24,6 +24,7 @@ from convert.config import read_config
 from convert.tensors import open_checkpoint, read_safetensors
 from jsparse.arrays import QuantizedRows, dequantize, quantize_rows
 from jsparse.model.config import ModelConfig, RopeScaling
+from jsparse.model.parameters import by_path
 from jsparse.model.weights import FFNWeights, Params, Predictor
 
 _LLAMA = ModelConfig(
@@ -80,7 +81,7 @@ def test_every_checkpoint_of_the_table_converts(name, tmp_path):
     assert params.tokenizer is None
 
     tensors = checkpoints.random_tensors(ROWS[name])
-    assert len(jax.tree.leaves(params.weights)) == len(tensors)
+    assert len(by_path(params.weights)) == len(tensors)
     layer, prefix = params.weights.layers[1], "model.layers.1."
     expected = {
         "model.embed_tokens.weight": params.weights.embed,

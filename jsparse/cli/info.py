@@ -6,6 +6,7 @@ import jax
 
 from jsparse.checkpoints.open import load
 from jsparse.cli.command import check_output
+from jsparse.model.parameters import by_path
 from jsparse.model.weights import Params
 
 
@@ -20,7 +21,8 @@ def run(args: argparse.Namespace) -> None:
 def describe_model(params: Params) -> dict[str, str]:
     """What a user wants to know of a model, by name."""
     c = params.config
-    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params.weights)})
+    stored = by_path(params.weights)
+    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(stored)})
     lines = {
         "name": c.name or "-",
         "layers": f"{c.num_layers}",
@@ -31,7 +33,7 @@ def describe_model(params: Params) -> dict[str, str]:
         + (f", sliding window {c.sliding_window}" if c.sliding_window else ""),
         "vocabulary": f"{c.vocab_size}",
         "context": f"{c.context_length} tokens",
-        "weights": f"{_megabytes(params.weights)} ({', '.join(dtypes)})",
+        "weights": f"{_megabytes(stored)} ({', '.join(dtypes)})",
         "tokenizer": "yes" if params.tokenizer else "none",
         "predictors": "none; fit them with python -m jsparse.calibrate"
         if c.is_sparse

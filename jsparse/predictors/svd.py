@@ -163,7 +163,7 @@ def _gram(x: Float[np.ndarray, "n D"], mean: Float[np.ndarray, "D"]) -> Float[np
 
 @partial(jax.jit, static_argnames="bits")
 def _round_features(a, gram, bits):
-    """a rounded, its features of unit variance, and the scale (R,) of the features that were."""
+    """a rounded, so that its features have unit variance, and the deviation (R,) of the features before."""
     root = _whitening_root(gram)
 
     def deviations(a):
