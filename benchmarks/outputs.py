@@ -61,7 +61,7 @@ def outputs() -> dict[str, list[list[int]] | str]:
     for bits in (16, 4):
         made = jsparse.fit_predictors(params, default_texts("default"), tokens=4000, rank=24, bits=bits)
         checksum = hashlib.sha256()
-        for leaf in jax.tree.leaves(made.predictors):
+        for leaf in jax.tree.leaves([(p.a, p.b, p.bias) for p in made.predictors]):
             checksum.update(np.ascontiguousarray(leaf).tobytes())
         found[f"predictors {bits} bits"] = checksum.hexdigest()
     return found

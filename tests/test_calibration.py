@@ -84,6 +84,9 @@ def test_reports_are_what_a_direct_computation_finds(kind, threshold, bos):
         weights, predictor = params.weights.layers[layer].ffn, fitted.predictors[layer]
         pairs = len(x) * config.intermediate_size
         active = oracle.ffn(x, weights, None, spec)[1][:, 1].sum()
+        gate, up = x @ oracle.matrix(weights.gate).T, x @ oracle.matrix(weights.up).T
+        fires = (gate > threshold) & ((up > 0) | (kind != "drelu"))
+        np.testing.assert_allclose(predictor.rate, fires.mean(axis=0), rtol=0, atol=3 / len(x))
         kept, caught = oracle.ffn(x, weights, predictor, spec)[1].sum(axis=0)
         assert report.rank == 8
         assert report.sparsity == pytest.approx(1 - active / pairs, abs=3 / pairs)

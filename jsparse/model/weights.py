@@ -100,7 +100,7 @@ class Weights:
         return dataclasses.replace(self, layers=tuple(layers))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("a", "b", "bias"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("a", "b", "bias", "rate"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Predictor:
     """The low-rank predictor of one layer: neuron j is predicted active iff (b a x + bias)_j > 0.
@@ -109,11 +109,13 @@ class Predictor:
       a: (R, D).
       b: (F, R).
       bias: (F,) float32; +inf for a neuron that is always predicted, -inf for one that never is.
+      rate: (F,) float32, share of the calibration tokens on which each neuron was active; None where nobody counted.
     """
 
     a: Matrix
     b: Matrix
     bias: Float[Array, "F"]
+    rate: Float[Array, "F"] | None = None
 
     @property
     def rank(self) -> int:
@@ -158,6 +160,8 @@ def check_predictors(params: Params) -> None:
     for layer, predictor in enumerate(params.predictors):
         wanted = {"a": (predictor.rank, c.hidden_size), "b": (c.intermediate_size, predictor.rank)}
         wanted["bias"] = (c.intermediate_size,)
+        if predictor.rate is not None:
+            wanted["rate"] = (c.intermediate_size,)
         for name, shape in wanted.items():
             found = getattr(predictor, name).shape
             if found != shape:

@@ -132,7 +132,8 @@ def fit_layer(
     recall = np.count_nonzero(predicted & active) / num_active if num_active else 1.0
     skipped = 1 - np.count_nonzero(predicted) / active.size
     report = LayerReport(layer, rank, sparsity, skipped, recall, fit.stopped_early)
-    return Predictor(a, b, (bias + offset).astype(jnp.float32)), report
+    rate = jnp.asarray(active.mean(axis=1, dtype=np.float64), jnp.float32)
+    return Predictor(a, b, (bias + offset).astype(jnp.float32), rate), report
 
 
 @partial(jax.jit, static_argnames=("spec", "importance"))

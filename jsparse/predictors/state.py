@@ -70,9 +70,9 @@ class CalibrationState:
         leaves = [jnp.asarray(leaf.view(jnp.bfloat16) if leaf.dtype == np.uint16 else leaf) for leaf in leaves]
         if self._options.bits == 16:
             return Predictor(*leaves), report
-        a_values, a_scale, b_values, b_scale, bias = leaves
+        a_values, a_scale, b_values, b_scale, *vectors = leaves  # bias, and since 0.2 the rate
         a = QuantizedRows(a_values, a_scale, self._options.bits, c.hidden_size)
-        return Predictor(a, QuantizedRows(b_values, b_scale, self._options.bits, report.rank), bias), report
+        return Predictor(a, QuantizedRows(b_values, b_scale, self._options.bits, report.rank), *vectors), report
 
     def _read(self, path: Path) -> Any:
         try:
