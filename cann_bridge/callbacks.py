@@ -11,16 +11,16 @@ from cann_bridge.handover import Matrix, arrays_of, held, hold, resident, reside
 from cann_bridge.ops import ops
 
 
-def place_ffn(gate: Matrix, up: Matrix | None, down_t: Matrix, threshold: jax.Array, where) -> jax.Array:
+def place_ffn(gate: Matrix, up: Matrix | None, down_t: Matrix, threshold: jax.Array, device) -> jax.Array:
     """A handle of the matrices (F, D) and the threshold (F,) on the device."""
     arrays = sum((arrays_of(part) for part in (gate, up, down_t, threshold) if part is not None), ())
-    matrices = (None if matrix is None else resident(matrix, where) for matrix in (gate, up, down_t))
-    return hold(arrays, where, (*matrices, resident(threshold, where, import_torch().float32)))
+    matrices = (None if matrix is None else resident(matrix, device) for matrix in (gate, up, down_t))
+    return hold(arrays, device, (*matrices, resident(threshold, device, import_torch().float32)))
 
 
-def place_predictor(a: Matrix, b: Matrix, bias: jax.Array, width: int, where) -> jax.Array:
+def place_predictor(a: Matrix, b: Matrix, bias: jax.Array, width: int, device) -> jax.Array:
     """A handle of the predictor of inputs (B, width) on the device."""
-    return hold((*arrays_of(a), *arrays_of(b), bias), where, resident_predictor(a, b, bias, width, where))
+    return hold((*arrays_of(a), *arrays_of(b), bias), device, resident_predictor(a, b, bias, width, device))
 
 
 def dense_ffn(x: jax.Array, ffn: jax.Array, *, activation: str, up_activation: str) -> jax.Array:

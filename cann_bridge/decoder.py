@@ -78,33 +78,33 @@ class Decoder:
     """A batch of sequences being decoded. Its state is tensors on the device, which every step writes in place."""
 
     def __init__(
-        self, spec: Spec, embed: Matrix, layers: Sequence[LayerArrays], norm: jax.Array, head: Matrix, where: Any
+        self, spec: Spec, embed: Matrix, layers: Sequence[LayerArrays], norm: jax.Array, head: Matrix, device: Any
     ):
         """Weights that are not yet on the device are handed over."""
-        self._spec, self._where = spec, where
+        self._spec, self._device = spec, device
         self._torch = import_torch()
-        self._embed, self._head = resident(embed, where), resident(head, where)
+        self._embed, self._head = resident(embed, device), resident(head, device)
         self._norm = self._vector(norm)
         self._layers = [self._layer(layer) for layer in layers]
-        self._frequencies = self._torch.tensor(spec.frequencies, dtype=self._torch.float32).to(where)
-        self._eos = self._torch.tensor(spec.eos_ids, dtype=self._torch.int64).to(where)
+        self._frequencies = self._torch.tensor(spec.frequencies, dtype=self._torch.float32).to(device)
+        self._eos = self._torch.tensor(spec.eos_ids, dtype=self._torch.int64).to(device)
         self._rows: list[int] | None = None
         self._graph, self._stepped = None, False
-        self._graphs = getattr(getattr(self._torch, where.type, None), "NPUGraph", None)
+        self._graphs = getattr(getattr(self._torch, device.type, None), "NPUGraph", None)
 
     def _vector(self, array: jax.Array):
-        return resident(array, self._where, self._torch.float32)
+        return resident(array, self._device, self._torch.float32)
 
     def _layer(self, layer: LayerArrays) -> dict[str, Any]:
-        matrices = {name: resident(getattr(layer, name), self._where) for name in ("q", "k", "v", "o")}
+        matrices = {name: resident(getattr(layer, name), self._device) for name in ("q", "k", "v", "o")}
         return matrices | {
             "norms": [self._vector(array) for array in (layer.input_norm, layer.post_attention_norm)],
             "biases": [self._vector(array) for array in layer.biases],
             "ffn": [
-                *(m if m is None else resident(m, self._where) for m in (layer.gate, layer.up, layer.down_t)),
+                *(m if m is None else resident(m, self._device) for m in (layer.gate, layer.up, layer.down_t)),
                 self._vector(layer.threshold),
             ],
-            "predictor": layer.predictor and resident_predictor(*layer.predictor, self._embed.shape[1], self._where),
+            "predictor": layer.predictor and resident_predictor(*layer.predictor, self._embed.shape[1], self._device),
         }
 
     def begin(
@@ -117,37 +117,37 @@ class Decoder:
           token: (B,) the newest token, not yet fed; position: (B,) its position; finished: (B,) sequences that ended.
           chunk: most steps of `greedy`.
         """
-        torch, where = self._torch, self._where
+        torch, device = self._torch, self._device
         self._caches = [[self._cache(side) for side in pair] for pair in caches]
         self._token, self._position = (
-            torch.from_numpy(np.array(value, np.int64)).to(where) for value in (token, position)
+            torch.from_numpy(np.array(value, np.int64)).to(device) for value in (token, position)
         )
-        self._finished = torch.from_numpy(np.array(finished, bool)).to(where)
+        self._finished = torch.from_numpy(np.array(finished, bool)).to(device)
         batch = self._token.shape[0]
-        self._tokens = torch.full((batch, chunk), PAD, dtype=torch.int64).to(where)
-        self._counts = torch.zeros((len(self._layers), 2), dtype=torch.int64).to(where)
-        self._most = torch.zeros((len(self._layers),), dtype=torch.int64).to(where)
-        self._finite = torch.ones((), dtype=torch.bool).to(where)
+        self._tokens = torch.full((batch, chunk), PAD, dtype=torch.int64).to(device)
+        self._counts = torch.zeros((len(self._layers), 2), dtype=torch.int64).to(device)
+        self._most = torch.zeros((len(self._layers),), dtype=torch.int64).to(device)
+        self._finite = torch.ones((), dtype=torch.bool).to(device)
         for side in (side for pair in self._caches for side in pair if side.dtype == torch.float16):
             self._finite.logical_and_(_is_finite(side))
-        self._index = torch.zeros((1,), dtype=torch.int64).to(where)
-        self._nothing = torch.zeros((batch, 2), dtype=torch.int32).to(where)
+        self._index = torch.zeros((1,), dtype=torch.int64).to(device)
+        self._nothing = torch.zeros((batch, 2), dtype=torch.int32).to(device)
         slots, rows = caches[0][0].shape[1], batch * self._spec.num_kv_heads
-        self._slots = torch.arange(slots).to(where)
-        self._offsets = (torch.arange(rows) * slots).to(where)
+        self._slots = torch.arange(slots).to(device)
+        self._offsets = (torch.arange(rows) * slots).to(device)
 
     def _cache(self, side: jax.Array):
         """Keys or values (B * K, S, H): a head's slots after one another, as its product takes them."""
         torch = self._torch
         # A CPU's own 16-bit products are less exact.
-        dtype = torch.float32 if self._where.type == "cpu" or side.dtype == np.float32 else torch.float16
+        dtype = torch.float32 if self._device.type == "cpu" or side.dtype == np.float32 else torch.float16
         batch, slots, heads, width = side.shape
         side = borrow(side).to(dtype).permute(0, 2, 1, 3).reshape(batch * heads, slots, width)
-        return side.clone(memory_format=torch.contiguous_format).to(self._where)
+        return side.clone(memory_format=torch.contiguous_format).to(self._device)
 
     def finish(self, rows: np.ndarray) -> None:
         """Mark sequences (B,) as ended."""
-        self._finished.logical_or_(self._torch.from_numpy(np.array(rows, bool)).to(self._where))
+        self._finished.logical_or_(self._torch.from_numpy(np.array(rows, bool)).to(self._device))
 
     @property
     def finished(self) -> np.ndarray:
@@ -191,7 +191,7 @@ class Decoder:
         state = self._token, self._position, self._finished, self._finite
         numbers = [*state, self._tokens, self._counts, self._most, self._index]
         saved = [tensor.clone() for tensor in numbers]
-        ahead = self._position[:, None] + self._torch.arange(steps).to(self._where)
+        ahead = self._position[:, None] + self._torch.arange(steps).to(self._device)
         slots = (ahead % self._slots.shape[0]).repeat_interleave(self._spec.num_kv_heads, dim=0)
         places = (self._offsets[:, None] + slots).reshape(-1)
         flat = [side.view(-1, self._spec.head_dim) for pair in self._caches for side in pair]
@@ -219,13 +219,13 @@ class Decoder:
         """Take the caller's tokens (B,) after `logits`; returns the counts (L, 2) of sequences that had not ended."""
         with self._torch.no_grad():
             self._counts.zero_()
-            self._take(self._torch.from_numpy(np.array(token, np.int64)).to(self._where), self._step_counts)
+            self._take(self._torch.from_numpy(np.array(token, np.int64)).to(self._device), self._step_counts)
             return self._counts.cpu().numpy().astype(np.int64)
 
     def _check(self) -> None:
         if not bool(self._finite):
             raise ValueError(
-                f"the logits are not finite: the model's activations exceed what {self._where} computes in"
+                f"the logits are not finite: the model's activations exceed what {self._device} computes in"
             )
 
     def _greedy_step(self) -> None:

@@ -46,7 +46,7 @@ def device(name: str = "npu"):
     return import_torch().device(name)
 
 
-def weight_dtype(stored: str, where):
+def weight_dtype(stored: str, device):
     """The torch dtype in which a matrix stored so is held and multiplied on that device.
 
     An NPU takes 16-bit and low-bit matrices in float16: not every chip has bfloat16, and no NPU product takes rows of
@@ -55,12 +55,12 @@ def weight_dtype(stored: str, where):
     torch = import_torch()
     if stored == "float32":
         return torch.float32
-    if where.type != "cpu":
+    if device.type != "cpu":
         return torch.float16
     return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(stored, torch.float32)
 
 
-def predictor_dtype(where):
+def predictor_dtype(device):
     """The torch dtype of a predictor's factors on that device."""
     torch = import_torch()
-    return torch.float32 if where.type == "cpu" else torch.float16
+    return torch.float32 if device.type == "cpu" else torch.float16

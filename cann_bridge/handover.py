@@ -30,40 +30,40 @@ def borrow(array: jax.Array):
     return import_torch().from_dlpack(array)
 
 
-def resident(matrix: Matrix, where, dtype=None):
+def resident(matrix: Matrix, device, dtype=None):
     """The matrix on the device, in the dtype it is multiplied in there; made at the first call for an array, and kept.
 
     Raises:
       ValueError: it holds values that the dtype cannot.
     """
-    dtype = dtype or weight_dtype(str(arrays_of(matrix)[0].dtype), where)
-    return _once(arrays_of(matrix), ("matrix", str(where), dtype), lambda: _moved(matrix, where, dtype))
+    dtype = dtype or weight_dtype(str(arrays_of(matrix)[0].dtype), device)
+    return _once(arrays_of(matrix), ("matrix", str(device), dtype), lambda: _moved(matrix, device, dtype))
 
 
-def resident_predictor(a: Matrix, b: Matrix, bias: jax.Array, width: int, where) -> tuple:
+def resident_predictor(a: Matrix, b: Matrix, bias: jax.Array, width: int, device) -> tuple:
     """A predictor's a (R, width), b and bias on the device.
 
     Where they are held in 16 bits, each row of a is divided by a power of two, and the column of b multiplied by it:
     the entries of a are the inverse of what the features' spread may be, which float16 cannot always hold.
     """
-    dtype = predictor_dtype(where)
+    dtype = predictor_dtype(device)
 
     def make():
         torch = import_torch()
-        first = _moved(a, where, torch.float32, width)
-        second = _moved(b, where, torch.float32, first.shape[0])
+        first = _moved(a, device, torch.float32, width)
+        second = _moved(b, device, torch.float32, first.shape[0])
         if dtype != torch.float32:
             largest = torch.maximum(first, -first).amax(dim=1).clamp(min=1e-30)
             scale = torch.exp2(torch.floor(torch.log2(largest)))
             first, second = (first / scale[:, None]).to(dtype), (second * scale[None]).to(dtype)
         for name, tensor in (("a", first), ("b", second)):
             _check_finite(tensor, f"the predictor's {name}", dtype)
-        return first, second, borrow(bias).to(where)
+        return first, second, borrow(bias).to(device)
 
-    return _once((*arrays_of(a), *arrays_of(b), bias), ("predictor", str(where), dtype), make)
+    return _once((*arrays_of(a), *arrays_of(b), bias), ("predictor", str(device), dtype), make)
 
 
-def hold(arrays: tuple[jax.Array, ...], where, tensors: Any) -> jax.Array:
+def hold(arrays: tuple[jax.Array, ...], device, tensors: Any) -> jax.Array:
     """A handle () int32 by which a callback finds tensors, for as long as it or an array they were made from lives.
 
     The handle alone would not do: a program that was dispatched with it may not have run when it goes.
@@ -77,7 +77,7 @@ def hold(arrays: tuple[jax.Array, ...], where, tensors: Any) -> jax.Array:
         return number
 
     with _lock:
-        number = _once(arrays, ("handle", str(where)), make)
+        number = _once(arrays, ("handle", str(device)), make)
         handle = jax.numpy.asarray(number, np.int32)
         _own(handle, number)
     return handle
@@ -120,14 +120,14 @@ def arrays_of(matrix: Matrix) -> tuple[jax.Array, ...]:
     return matrix if isinstance(matrix, tuple) else (matrix,)
 
 
-def _moved(matrix: Matrix, where, dtype, columns: int | None = None):
+def _moved(matrix: Matrix, device, dtype, columns: int | None = None):
     """columns: of the matrix, where it may be packed in 4 bits: an odd row has one too many in its bytes."""
     torch = import_torch()
     if not isinstance(matrix, tuple):
         tensor = borrow(matrix).to(dtype)  # on the host: not every device has the stored dtype
         _check_finite(tensor, f"a weight of shape {tuple(matrix.shape)}", dtype)
-        return tensor.to(where)
-    values, scale = (borrow(array).to(where) for array in matrix)
+        return tensor.to(device)
+    values, scale = (borrow(array).to(device) for array in matrix)
     parts = []
     for start in range(0, values.shape[0], _ROWS):
         rows = values[start : start + _ROWS]
