@@ -78,11 +78,12 @@ class JsparseDecoder:
     def run(self) -> float:
         begin = jnp.full((1,), CONTEXT - TOKENS // 2, jnp.int32)
         state = DecodeState(
-            self._caches.pop(),
-            jnp.ones((1,), jnp.int32),
-            begin,
-            jnp.zeros((1,), bool),
-            jax.random.split(jax.random.key(0), 1),
+            caches=self._caches.pop(),
+            token=jnp.ones((1,), jnp.int32),
+            position=begin,
+            finished=jnp.zeros((1,), bool),
+            finite=jnp.ones((1,), bool),
+            keys=jax.random.split(jax.random.key(0), 1),
         )
         result = []
 

@@ -15,14 +15,14 @@ import numpy as np
 
 import jsparse
 from benchmarks.shapes import SHAPES
-from jsparse.model.parameters import weight_shapes
+from jsparse.model.parameters import make_weights
 
 
-def random_weight(shape: jax.ShapeDtypeStruct, rng: np.random.Generator) -> jax.Array:
-    if len(shape.shape) == 1:
-        return jnp.ones(shape.shape, jnp.bfloat16)
-    rows = [rng.standard_normal(shape.shape[1], np.float32).astype(jnp.bfloat16) for _ in range(shape.shape[0])]
-    return jnp.asarray(np.stack(rows) / np.asarray(shape.shape[1] ** 0.5, jnp.bfloat16))
+def random_weight(shape: tuple[int, ...], rng: np.random.Generator) -> jax.Array:
+    if len(shape) == 1:
+        return jnp.ones(shape, jnp.bfloat16)
+    rows = [rng.standard_normal(shape[1], np.float32).astype(jnp.bfloat16) for _ in range(shape[0])]
+    return jnp.asarray(np.stack(rows) / np.asarray(shape[1] ** 0.5, jnp.bfloat16))
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     config = dataclasses.replace(SHAPES[args.shape], num_layers=args.layers)
     rng = np.random.default_rng(0)
-    weights = jax.tree.map(lambda shape: random_weight(shape, rng), weight_shapes(config))
+    weights = make_weights(config, lambda _, entry: random_weight(entry.shape, rng))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / 1e9
 
     def peak():

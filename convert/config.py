@@ -160,7 +160,7 @@ def _choose_ffn(
     fields: Fields, model_type: str, repository: str | None, override: str | None
 ) -> tuple[str, float, str, bool]:
     """The FFN kind, its threshold, the sentence that says why, and whether another kind may be meant."""
-    if override is not None and override not in KINDS:
+    if override is not None and override not in tuple(KINDS):
         raise ConversionError(f"ffn is {override!r} and must be one of {', '.join(KINDS)}")
     declared = str(fields.raw.get("hidden_act") or "silu")
     preset = PRESETS.get(repository or "")
@@ -170,7 +170,7 @@ def _choose_ffn(
         kind, why = override, f"asked for; config.json declares {model_type} with {declared}"
     elif own is not None:
         kind, why = own, "config.json, written by jsparse, says so"
-        if own not in KINDS:
+        if own not in tuple(KINDS):
             fields.problems.append(f"ffn_kind is {own!r} and must be one of {', '.join(KINDS)}")
     elif model_type == "bamboo":
         kind, why = "drelu", "bamboo models apply ReLU to both gate_proj and up_proj"

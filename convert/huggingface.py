@@ -26,8 +26,8 @@ from convert.tensors import open_checkpoint, read_safetensors
 from jsparse.arrays import DTYPES, QuantizedRows
 from jsparse.directories import read_path
 from jsparse.errors import listing
-from jsparse.model.parameters import check_weights
-from jsparse.model.weights import Params, check_params
+from jsparse.model.parameters import check_params
+from jsparse.model.weights import Params
 from jsparse.settings import with_own_settings
 from jsparse.text.files import load_tokenizer
 
@@ -102,7 +102,6 @@ def to_huggingface(params: Params, directory: str | Path) -> None:
     check_params(params)
     embed = params.weights.embed
     config = write_config(params.config, "float32" if _is_quantized(embed) else embed.dtype.name)
-    check_weights(params.weights, params.config)
     arrays = stored_arrays(params.weights, params.config)
     if any(isinstance(leaf, QuantizedRows) for leaf in jax.tree.leaves(params.weights, is_leaf=_is_quantized)):
         logger.warning("int8 matrices are written as float32, which Hugging Face directories have instead.")

@@ -18,7 +18,8 @@ from jsparse.arrays import dequantize
 from jsparse.directories import read_path
 from jsparse.errors import listing
 from jsparse.model.config import ModelConfig
-from jsparse.model.weights import Params, Predictor, check_params
+from jsparse.model.parameters import check_predictors
+from jsparse.model.weights import Params, Predictor
 from jsparse.settings import with_own_settings
 
 _MATRICES = ("fc1.weight", "fc2.weight")
@@ -38,7 +39,7 @@ def export_predictors(params: Params, directory: str | Path) -> None:
       ConversionError: the model has no predictors, the directory exists, or PyTorch is not installed.
     """
     directory = read_path(directory)
-    check_params(params)
+    check_predictors(params)
     if params.predictors is None:
         raise ConversionError("the model has no predictors to export; fit them first (jsparse.fit_predictors)")
     torch = import_torch(directory / "model_0.pt")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jsparse.directories import read_path
-from jsparse.model.weights import Params, check_params
+from jsparse.model.parameters import check_params
+from jsparse.model.weights import Params
 from jsparse.options import check_callback
 from jsparse.predictors.fit import fit_layers, make_rows
 from jsparse.predictors.options import CalibrationOptions, LayerReport
@@ -24,7 +25,7 @@ def fit_predictors(
     """Fit a predictor for every layer.
 
     Args:
-      params: a model with a reglu, drelu or fatrelu FFN.
+      params: a model whose FFN has zeros (`jsparse.model.ffn.SPARSE_KINDS`).
       texts: calibration text, a list of texts or chats (lists of messages), or of 1-D arrays of token ids.
       on_layer: called after each layer with its report.
       state_dir: a directory for finished layers; fitting again with the same model, texts and options continues

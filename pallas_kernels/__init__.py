@@ -30,7 +30,7 @@ _WITHOUT_ZEROS = ("silu",)
 
 
 def take_rows(matrix: Matrix, indices: jax.Array, columns: int) -> jax.Array:
-    """Rows of a matrix (rows, columns) in float32, (n, columns), for indices (n,); one outside gives zeros."""
+    """Rows of a matrix (rows, columns) in float32, (n, columns), for indices (n,); one past the end gives zeros."""
     return products.take_rows(matrix, indices, columns)
 
 

@@ -22,7 +22,7 @@ def linear(x: jax.Array, weight: Matrix) -> jax.Array:
 
 
 def take_rows(matrix: Matrix, indices: jax.Array, columns: int) -> jax.Array:
-    """Rows of a matrix (rows, columns) in float32; an index outside gives zeros."""
+    """Rows of a matrix (rows, columns) in float32; an index past the end gives zeros."""
     values, scale = (
         None if part is None else part.at[indices].get(mode="fill", fill_value=0)
         for part in (matrix if isinstance(matrix, tuple) else (matrix, None))

@@ -208,8 +208,9 @@ def main() -> None:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 jax.jit(function).lower(*arrays).compile()
             results["kernels"][f"{name}-{gpu}"] = resources()
-    for shape in ("SparseLLM/prosparse-llama-2-7b", "Tiiny/SparseQwen2-7B"):
-        two, three = (count_kernels(shape, layers, mesh, struct) for layers in (2, 3))
+    presets = {"Llama-2-7B": "SparseLLM/prosparse-llama-2-7b", "Qwen2-7B": "Tiiny/SparseQwen2-7B"}
+    for shape, preset in presets.items():
+        two, three = (count_kernels(preset, layers, mesh, struct) for layers in (2, 3))
         results["decode"][shape] = {"layer": three - two, "rest": two - 2 * (three - two)}
     print(json.dumps(results))
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 import torch
 from checkpoints import ROWS
+from conftest import random_params
 from convert_command import exit_code
 
 import jsparse
@@ -103,6 +104,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "config is a list": (with_damage(lambda d: (d / "config.json").write_text("[]")), ["holds a JSON list"]),
     "unknown architecture": (with_config(model_type="gpt2"), ["unknown architecture 'gpt2'", "llama", "minicpm"]),
     "no architecture": (with_config(model_type=..., architectures=...), ["unknown architecture ''"]),
+    "an FFN kind that is a list": (with_config(ffn_kind=["reglu"]), ["ffn_kind is ['reglu'] and must be one of"]),
     "unknown activation": (with_config(hidden_act="gelu"), ["unknown activation hidden_act 'gelu'", "--ffn"]),
     "missing keys": (
         with_config(hidden_size=..., vocab_size=..., num_hidden_layers=...),
@@ -254,7 +256,7 @@ def test_float16_that_overflows_is_refused(tmp_path):
         from_huggingface(source, dtype="float16")
 
 
-@pytest.mark.parametrize("options", [{"ffn": "relu"}, {"dtype": "int4"}])
+@pytest.mark.parametrize("options", [{"ffn": "relu"}, {"ffn": ["reglu"]}, {"dtype": "int4"}, {"dtype": ["int8"]}])
 def test_unknown_options_are_refused(options, tmp_path):
     with pytest.raises(ConversionError, match="must be one of"):
         from_huggingface(model(tmp_path / "source"), **options)
@@ -341,13 +343,16 @@ CONFIG = ModelConfig(32, 48, 2, 4, 2, 64)
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"qkv_bias": True, "embed_scale": 12.0}, {"sliding_window": 6, "logit_scale": 0.5}, {"ffn_kind": "relu2"}],
+    ("changes", "missing"),
+    [
+        ({"qkv_bias": True, "embed_scale": 12.0}, "MiniCPM scales"),
+        ({"sliding_window": 6, "logit_scale": 0.5}, "MiniCPM scales"),
+        ({"ffn_kind": "relu2"}, "an FFN without up_proj"),
+    ],
 )
-def test_what_no_architecture_has_is_not_exported(changes, tmp_path):
-    params = from_huggingface(model(tmp_path / "source"))
-    params = dataclasses.replace(params, config=dataclasses.replace(params.config, **changes))
-    with pytest.raises(ConversionError, match="no Hugging Face architecture has MiniCPM scales"):
+def test_what_no_architecture_has_is_not_exported(changes, missing, tmp_path):
+    params = random_params(dataclasses.replace(CONFIG, **changes))
+    with pytest.raises(ConversionError, match=f"no Hugging Face architecture has {missing}"):
         to_huggingface(params, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

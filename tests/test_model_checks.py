@@ -12,8 +12,11 @@ import pytest
 from conftest import TINY, random_params
 
 import jsparse
+from convert import to_huggingface
 from jsparse.arrays import QuantizedRows, dequantize
 from jsparse.checkpoints.native import save
+from jsparse.executors.kernels import KernelExecutor
+from jsparse.executors.xla import Xla
 from jsparse.predictors.svd import fit_low_bit, fit_svd
 
 
@@ -96,6 +99,52 @@ def test_tiny_temperatures_are_greedy(tiny, temperature):
     prompt = np.arange(10)
     greedy = jsparse.generate(tiny, prompt, max_new_tokens=12)
     np.testing.assert_array_equal(jsparse.generate(tiny, prompt, max_new_tokens=12, temperature=temperature), greedy)
+
+
+def with_config(params: jsparse.Params, **changes) -> jsparse.Params:
+    return dataclasses.replace(params, config=dataclasses.replace(params.config, **changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: dataclasses.replace(p, weights={}), "the weights are of type dict; they must be jsparse.Weights"),
+        (
+            lambda p: dataclasses.replace(
+                p, config=dataclasses.replace(p.config, ffn_kind="fatrelu", ffn_threshold=0.1)
+            ),
+            "the thresholds of the FFNs are not the configuration's ffn_threshold 0.1",
+        ),
+        (
+            lambda p: dataclasses.replace(p, config=dataclasses.replace(p.config, num_layers=2)),
+            "layers/2/attention/k/rows is unknown",
+        ),
+        (lambda p: dataclasses.replace(p, weights=dataclasses.replace(p.weights, head=None)), "head is missing"),
+    ],
+)
+@pytest.mark.parametrize("use", ["generate", "fit", "save", "export"])
+def test_weights_of_another_configuration_are_refused(change, message, use, tiny, tiny_tokens, tmp_path):
+    uses = {
+        "generate": lambda p: jsparse.generate(p, np.arange(5), max_new_tokens=4),
+        "fit": lambda p: jsparse.fit_predictors(p, tiny_tokens, rank=4),
+        "save": lambda p: jsparse.save(p, tmp_path / "model"),
+        "export": lambda p: to_huggingface(p, tmp_path / "model"),
+    }
+    with pytest.raises(jsparse.JsparseError, match=message):
+        uses[use](change(tiny))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [["reglu"], {}, None, 3])
+def test_an_ffn_kind_of_another_type_is_refused(kind):
+    with pytest.raises(jsparse.JsparseError, match=r"ffn_kind is .* and must be one of reglu, drelu"):
+        dataclasses.replace(TINY, ffn_kind=kind)
+
+
+@pytest.mark.parametrize("executor", [Xla, KernelExecutor, 3, None])
+def test_what_is_no_executor_is_refused(executor, tiny):
+    with pytest.raises(jsparse.JsparseError, match="it must be auto, the name of one, or an executor"):
+        jsparse.generate(tiny, np.arange(5), max_new_tokens=4, executor=executor)
 
 
 def test_a_quantised_embedding_runs(tiny):

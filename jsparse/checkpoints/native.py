@@ -23,8 +23,8 @@ from jsparse.checkpoints.first_format import path_of
 from jsparse.directories import plain_path, read_path, replacing_directory
 from jsparse.errors import JsparseError
 from jsparse.model.config import ModelConfig
-from jsparse.model.parameters import by_path, check_leaves, check_weights, make_weights, parameters
-from jsparse.model.weights import Params, Predictor, check_params, check_predictors
+from jsparse.model.parameters import by_path, check_leaves, check_params, check_predictors, make_weights, parameters
+from jsparse.model.weights import Params, Predictor
 from jsparse.options import check_flag
 from jsparse.settings import with_own_settings
 from jsparse.text.files import load_tokenizer
@@ -50,7 +50,6 @@ def save(params: Params, directory: str | Path, *, force: bool = False) -> None:
     directory = read_path(directory)
     check_flag("force", force)
     check_params(params)
-    check_weights(params.weights, params.config)
     check_new(directory, force=force)
     with replacing_directory(directory) as partial:
         trees = {"weights": _flatten(by_path(params.weights))}

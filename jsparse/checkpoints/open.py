@@ -21,7 +21,7 @@ def load(directory: str | Path, *, dtype: str | None = None, ffn: str | None = N
         which is converted in memory.
       dtype: of the matrices: float32, bfloat16, float16 or int8 (rows with one scale each, the embedding left as it
         is); as stored if None. Norm scales and biases are always float32.
-      ffn: the FFN kind of a Hugging Face checkpoint that does not say it (reglu, drelu, fatrelu, swiglu).
+      ffn: the FFN kind of a Hugging Face checkpoint that does not say it, one of `jsparse.model.ffn.KINDS`.
 
     Raises:
       JsparseError: the path is missing, is not a checkpoint, or its content does not fit; the message says what.

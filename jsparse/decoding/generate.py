@@ -12,7 +12,8 @@ from jsparse.decoding.statistics import PAD, Statistics
 from jsparse.errors import JsparseError
 from jsparse.executors.select import select_executor
 from jsparse.model.executor import Executor
-from jsparse.model.weights import Params, check_params
+from jsparse.model.parameters import check_params
+from jsparse.model.weights import Params
 from jsparse.options import check_callback, check_flag, is_whole, read_number, read_whole
 from jsparse.settings import each_with_own_settings, own_settings
 from jsparse.text.completion import TextCompletion, TokenCompletion
@@ -84,7 +85,7 @@ def generate(
         raise JsparseError(f"stream=True takes a single prompt; {len(prompts)} were given")
     if not is_whole(max_new_tokens) or max_new_tokens < 1:
         raise JsparseError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1")
-    if not isinstance(executor, str | Executor):
+    if not isinstance(executor, str | Executor) or isinstance(executor, type):
         raise JsparseError(f"executor is {executor!r}; it must be auto, the name of one, or an executor")
     if pipeline not in ("sequential", "parallel"):
         raise JsparseError(f"pipeline is {pipeline!r}; it must be sequential or parallel")

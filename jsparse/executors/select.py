@@ -61,7 +61,7 @@ def select_executor(choice: str | Executor = "auto") -> Executor:
     Raises:
       JsparseError: no such executor, or it cannot run here; the message has its reason.
     """
-    if isinstance(choice, Executor):
+    if not isinstance(choice, str):
         return choice
     if choice == "auto":
         return first_available()

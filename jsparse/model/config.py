@@ -85,7 +85,7 @@ class ModelConfig:
             problems.append(f"norm_eps is {self.norm_eps} and must be at least 0")
         if self.sliding_window is not None and self.sliding_window < 1:
             problems.append(f"sliding_window is {self.sliding_window} and must be at least 1, or None")
-        if self.ffn_kind not in KINDS:
+        if self.ffn_kind not in tuple(KINDS):
             problems.append(f"ffn_kind is {self.ffn_kind!r} and must be one of {', '.join(KINDS)}")
         if self.ffn_threshold and self.ffn_kind != "fatrelu":
             problems.append(f"ffn_threshold is {self.ffn_threshold}, but {self.ffn_kind} has none")

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jsparse.arrays import Matrix, QuantizedRows
 from jsparse.errors import JsparseError, listing
 from jsparse.model.config import ModelConfig
-from jsparse.model.weights import AttentionWeights, FFNWeights, Layer, Linear, Weights
+from jsparse.model.weights import AttentionWeights, FFNWeights, Layer, Linear, Params, Weights
 from jsparse.typing import Array
 
 Role = Literal["embed", "head", "matrix", "norm", "bias"]
@@ -120,6 +121,13 @@ def check_weights(weights: Weights, config: ModelConfig) -> None:
     if not isinstance(weights, Weights):
         raise JsparseError(f"the weights are of type {type(weights).__name__}; they must be jsparse.Weights")
     check_leaves(by_path(weights), config)
+    thresholds = {id(layer.ffn.threshold): layer.ffn.threshold for layer in weights.layers}  # most share one array
+    wanted = np.full((config.intermediate_size,), config.ffn_threshold, np.float32)
+    if not all(np.array_equal(threshold, wanted) for threshold in thresholds.values()):
+        raise JsparseError(
+            f"the thresholds of the FFNs are not the configuration's ffn_threshold {config.ffn_threshold}; make the "
+            "weights anew for another one (jsparse.load, jsparse.model.parameters.make_weights)"
+        )
 
 
 def check_leaves(leaves: dict[str, Matrix | Array], config: ModelConfig) -> None:
@@ -135,3 +143,34 @@ def check_leaves(leaves: dict[str, Matrix | Array], config: ModelConfig) -> None
     ]
     if problems:
         raise JsparseError(f"the weights do not fit the config: {listing(sorted(problems), between='; ')}")
+
+
+def check_params(params: Any) -> None:
+    """Raises: JsparseError: it is no `Params`, or its weights or predictors are not those of its configuration."""
+    check_predictors(params)
+    check_weights(params.weights, params.config)
+
+
+def check_predictors(params: Any) -> None:
+    """Raises: JsparseError: it is no `Params`, or its predictors' number or shapes are not those of the model."""
+    if not isinstance(params, Params):
+        raise JsparseError(f"params is of type {type(params).__name__}; it must be a model from jsparse.load")
+    if params.predictors is None:
+        return
+    c = params.config
+    if not c.is_sparse:
+        raise JsparseError(f"there are predictors, but a {c.ffn_kind} FFN has no zero neurons to predict")
+    if len(params.predictors) != c.num_layers:
+        raise JsparseError(f"there are {len(params.predictors)} predictors for a model of {c.num_layers} layers")
+    problems = []
+    for layer, predictor in enumerate(params.predictors):
+        wanted = {"a": (predictor.rank, c.hidden_size), "b": (c.intermediate_size, predictor.rank)}
+        wanted["bias"] = (c.intermediate_size,)
+        if predictor.rate is not None:
+            wanted["rate"] = (c.intermediate_size,)
+        for name, shape in wanted.items():
+            found = getattr(predictor, name).shape
+            if found != shape:
+                problems.append(f"layer {layer} {name} has shape {found}, the model needs {shape}")
+    if problems:
+        raise JsparseError("the predictors belong to another model: " + "; ".join(problems))

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 
 from jsparse.arrays import Matrix
-from jsparse.errors import JsparseError
 from jsparse.model.config import ModelConfig
 from jsparse.typing import Array, Float
 
@@ -138,33 +137,3 @@ class Params:
     weights: Weights
     predictors: tuple[Predictor, ...] | None = None
     tokenizer: Any = None
-
-
-def check_params(params: Any) -> None:
-    """Raises: JsparseError: it is no `Params`, or its predictors are not those of the model."""
-    if not isinstance(params, Params):
-        raise JsparseError(f"params is of type {type(params).__name__}; it must be a model from jsparse.load")
-    check_predictors(params)
-
-
-def check_predictors(params: Params) -> None:
-    """Raises: JsparseError: the predictors' number or shapes are not those of the model."""
-    if params.predictors is None:
-        return
-    c = params.config
-    if not c.is_sparse:
-        raise JsparseError(f"there are predictors, but a {c.ffn_kind} FFN has no zero neurons to predict")
-    if len(params.predictors) != c.num_layers:
-        raise JsparseError(f"there are {len(params.predictors)} predictors for a model of {c.num_layers} layers")
-    problems = []
-    for layer, predictor in enumerate(params.predictors):
-        wanted = {"a": (predictor.rank, c.hidden_size), "b": (c.intermediate_size, predictor.rank)}
-        wanted["bias"] = (c.intermediate_size,)
-        if predictor.rate is not None:
-            wanted["rate"] = (c.intermediate_size,)
-        for name, shape in wanted.items():
-            found = getattr(predictor, name).shape
-            if found != shape:
-                problems.append(f"layer {layer} {name} has shape {found}, the model needs {shape}")
-    if problems:
-        raise JsparseError("the predictors belong to another model: " + "; ".join(problems))
