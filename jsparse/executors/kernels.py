@@ -1,15 +1,14 @@
 """The executors of the kernel packages, which know arrays only and have the same functions of them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from jsparse.arrays import Matrix, QuantizedRows
 from jsparse.model.attention import KVCache
-from jsparse.model.config import ModelConfig
-from jsparse.model.executor import Split
+from jsparse.model.executor import Executor, Split
 from jsparse.model.ffn import FFNSpec
-from jsparse.model.weights import FFNWeights, Linear, Predictor, Weights
+from jsparse.model.weights import FFNWeights, Linear, Predictor
 from jsparse.typing import Array, Float, Int
 
 Operand = Array | tuple[Array, Array]
@@ -37,7 +36,7 @@ def flat(x: Float[Array, "... D"]) -> Float[Array, "B D"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class KernelExecutor:
+class KernelExecutor(Executor):
     """`cpu`: native kernels that read each weight once per step, at the speed of memory. `cuda`: Pallas kernels for
     the sparse FFN and attention on an NVIDIA GPU, XLA for the dense products; on another device they are interpreted.
     """
@@ -51,14 +50,6 @@ class KernelExecutor:
         else:
             import pallas_kernels as kernels
         return kernels
-
-    def refuses(self, config: ModelConfig) -> str | None:
-        """As `Executor.refuses`: these compute every model that there is a config for."""
-        return None
-
-    def place(self, weights: Weights, predictors: tuple[Predictor, ...] | None) -> tuple[Weights, Any]:
-        """As `Executor.place`: they are where JAX has them."""
-        return weights, predictors
 
     def rows(self, matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:
         """As `Executor.rows`."""
@@ -103,16 +94,3 @@ class KernelExecutor:
         """As `Executor.attend`."""
         out, keys, values = self._kernels.attend(q, k, v, position, *cache, window=window)
         return out, (keys, values)
-
-    def loop(
-        self,
-        config: ModelConfig,
-        spec: FFNSpec,
-        weights: Weights,
-        predictors: Any,
-        state: Any,
-        choose: Callable | None,
-        chunk: int,
-    ) -> None:
-        """As `Executor.loop`: the jitted one."""
-        return None

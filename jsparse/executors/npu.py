@@ -34,7 +34,7 @@ class Placed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Npu:
+class Npu(Executor):
     """An Ascend NPU beside the host that JAX computes on.
 
     Attributes:
@@ -54,10 +54,6 @@ class Npu:
         import cann_bridge
 
         return cann_bridge.device(self.device)
-
-    def refuses(self, config: ModelConfig) -> str | None:
-        """As `Executor.refuses`: the decoder on the device follows every model that there is a config for."""
-        return self.host.refuses(config)
 
     def place(self, weights: Weights, predictors: tuple[Predictor, ...] | None) -> tuple[Weights, Any]:
         """As `Executor.place`: FFNs and predictors on the device, unless the whole loop goes there later."""

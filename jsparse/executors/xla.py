@@ -3,17 +3,15 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jsparse.arrays import Matrix, dequantize, take_rows
 from jsparse.model.attention import KVCache, attend
-from jsparse.model.config import ModelConfig
-from jsparse.model.executor import Split
+from jsparse.model.executor import Executor, Split
 from jsparse.model.ffn import FFNSpec
-from jsparse.model.weights import FFNWeights, Linear, Predictor, Weights
+from jsparse.model.weights import FFNWeights, Linear, Predictor
 from jsparse.typing import Array, Bool, Float, Int
 
 _BLOCK = 128
@@ -47,18 +45,10 @@ def activate_up(spec: FFNSpec, up: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Xla:
+class Xla(Executor):
     """Plain JAX on whatever device JAX has."""
 
     name: str = "xla"
-
-    def refuses(self, config: ModelConfig) -> str | None:
-        """As `Executor.refuses`: it computes every model that there is a config for."""
-        return None
-
-    def place(self, weights: Weights, predictors: tuple[Predictor, ...] | None) -> tuple[Weights, Any]:
-        """As `Executor.place`: they are where JAX has them."""
-        return weights, predictors
 
     def rows(self, matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:
         """As `Executor.rows`."""
@@ -96,19 +86,6 @@ class Xla:
     ) -> tuple[Float[Array, "B N H"], KVCache]:
         """As `Executor.attend`."""
         return attend(q, k, v, position, cache, window)
-
-    def loop(
-        self,
-        config: ModelConfig,
-        spec: FFNSpec,
-        weights: Weights,
-        predictors: Any,
-        state: Any,
-        choose: Callable | None,
-        chunk: int,
-    ) -> None:
-        """As `Executor.loop`: the jitted one."""
-        return None
 
 
 def _sparse_token(

@@ -42,15 +42,20 @@ class DecodeLoop(Protocol):
 
 @runtime_checkable
 class Executor(Protocol):
-    """A device and how it computes. Frozen, hashable and without arrays: a static argument of `jax.jit`."""
+    """A device and how it computes. Frozen, hashable and without arrays: a static argument of `jax.jit`.
+
+    `refuses`, `place` and `loop` have bodies, which are right for executors that compute where JAX does.
+    """
 
     name: str
 
     def refuses(self, config: ModelConfig) -> str | None:
         """Why it cannot compute such a model, or None."""
+        return None
 
     def place(self, weights: Weights, predictors: tuple[Predictor, ...] | None) -> tuple[Weights, Any]:
         """Weights and predictors where a step of this executor takes them."""
+        return weights, predictors
 
     def rows(self, matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:
         """Rows of the matrix in float32; only those are read, and an index past the end gives zeros."""
@@ -106,3 +111,4 @@ class Executor(Protocol):
           choose: from logits and keys to tokens and keys; None takes the most likely token.
           chunk: most steps of one `advance`.
         """
+        return None
