@@ -65,7 +65,7 @@ def test_wrong_operands_are_named():
         sparse_ffn(x[0], gate, up, down_t, threshold, *predictor)
     with pytest.raises(ValueError, match=r"threshold has shape \(9,\), bias \(200,\)"):
         sparse_ffn(x, gate, up, down_t, threshold[:9], *predictor)
-    with pytest.raises(ValueError, match="activation is 'gelu'; it must be one of relu, silu"):
+    with pytest.raises(ValueError, match="activation is 'gelu'; it must be one of relu, relu2, silu"):
         pallas_kernels.dense_ffn(x, gate, up, down_t, threshold, activation="gelu")
     with pytest.raises(ValueError, match="up_activation is 'silu'; it must be one of linear, relu"):
         pallas_kernels.dense_ffn(x, gate, up, down_t, threshold, up_activation="silu")
