@@ -21,6 +21,7 @@ os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMP} --xla_dump_emitter_re=.* --xla_
 
 # ruff: noqa: E402  JAX reads the environment when it is imported
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 
 import pallas_kernels
@@ -31,7 +32,7 @@ from jsparse.decoding.sampling import Sampling
 from jsparse.executors.kernels import KernelExecutor, activations
 from jsparse.model.config import PRESETS
 from jsparse.model.ffn import KINDS
-from jsparse.model.parameters import weight_shapes
+from jsparse.model.parameters import make_weights
 from jsparse.model.weights import Predictor
 from pallas_kernels.tiles import choose
 
@@ -178,7 +179,7 @@ def count_kernels(shape: str, layers: int, mesh, struct) -> int:
     sampling = jax.tree.map(lambda a: struct(*a.shape, dtype=a.dtype), Sampling.create(config))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         decode_chunk.lower(
-            jax.tree.map(weight, weight_shapes(config)),
+            jax.tree.map(weight, jax.eval_shape(lambda: make_weights(config, lambda _, entry: jnp.zeros(entry.shape)))),
             (predictor,) * layers,
             state,
             sampling,

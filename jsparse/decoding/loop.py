@@ -168,7 +168,7 @@ class JittedLoop:
     def __init__(
         self, model: Model, weights: Weights, predictors: tuple[Any, ...] | None, state: DecodeState, sampling: Sampling
     ):
-        """weights and predictors as the executor's `place` made them, and the state after the prompts."""
+        """Take over from the prompts' own pass, which left `state`; weights and predictors are what `place` returned."""
         self._model, self._sampling = model, sampling
         self._weights, self._predictors, self._state = weights, predictors, state
         self._position = np.asarray(state.position).astype(np.int64)

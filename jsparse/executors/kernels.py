@@ -26,7 +26,7 @@ def operands(ffn: FFNWeights) -> list[Operand | None]:
 
 
 def activations(spec: FFNSpec) -> dict[str, str]:
-    """What an FFN applies to its gate and up values, as the packages take it."""
+    """The names by which the packages know what an FFN applies to its gate and up values."""
     return {"activation": spec.activation, "up_activation": spec.up or "linear"}
 
 

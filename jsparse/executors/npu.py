@@ -152,7 +152,7 @@ class NpuLoop:
         chunk: int,
         device: Any,
     ):
-        """As `Npu.loop`, with the torch.device."""
+        """Hand the weights and the state over to `device`, a torch.device; the rest is as in `Executor.loop`."""
         import cann_bridge
 
         layers = [_layer_arrays(layer, predictors[i] if predictors else None) for i, layer in enumerate(weights.layers)]

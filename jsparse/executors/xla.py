@@ -35,12 +35,12 @@ _UP = {"linear": lambda up: up, "relu": jax.nn.relu}
 
 
 def activate(spec: FFNSpec, gate: Float[Array, "..."], threshold: Float[Array, "..."]) -> Float[Array, "..."]:
-    """phi of gate values whose neurons have these thresholds."""
+    """Apply phi to gate values; a threshold belongs to each."""
     return _ACTIVATIONS[spec.activation](gate, threshold)
 
 
 def activate_up(spec: FFNSpec, up: Float[Array, "..."]) -> Float[Array, "..."]:
-    """psi of up values."""
+    """Apply psi to up values."""
     return _UP[spec.up](up)
 
 

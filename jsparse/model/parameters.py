@@ -97,11 +97,6 @@ def _name(entry: Any) -> str:
     return str(next(getattr(entry, kind) for kind in ("name", "idx", "key") if hasattr(entry, kind)))
 
 
-def weight_shapes(config: ModelConfig) -> Weights:
-    """`Weights` with a float32 `jax.ShapeDtypeStruct` for every matrix and vector."""
-    return jax.eval_shape(lambda: make_weights(config, lambda _, entry: jnp.zeros(entry.shape)))
-
-
 def random_weights(config: ModelConfig, key: Array) -> Weights:
     """Weights to train from: matrices keep the variance of what they multiply, embeddings have deviation 0.02."""
 
