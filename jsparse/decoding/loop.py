@@ -168,7 +168,7 @@ class JittedLoop:
     def __init__(
         self, model: Model, weights: Weights, predictors: tuple[Any, ...] | None, state: DecodeState, sampling: Sampling
     ):
-        """Take over from the prompts' own pass, which left `state`; weights and predictors are what `place` returned."""
+        """Take over from the prompts' own pass, which left `state`; `place` returned weights and predictors."""
         self._model, self._sampling = model, sampling
         self._weights, self._predictors, self._state = weights, predictors, state
         self._position = np.asarray(state.position).astype(np.int64)
