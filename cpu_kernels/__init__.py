@@ -3,7 +3,8 @@
 A matrix argument is an array (rows, columns) of float32, bfloat16 or float16, or low-bit rows `(values, scale)`: values
 (rows, columns) int8, or (rows, ceil(columns / 2)) uint8 with two 4-bit elements per byte (q + 8, the even one in the
 low nibble), and scale (rows,) float32. Matrices are (out, in); nothing copies them. Vectors are float32, one per row.
-Sums are accumulated in float32, and results are the same for any number of threads.
+Sums are accumulated in float32, in one order: the result of a token has the same bits for any number of threads and
+whatever other tokens stand beside it.
 """
 
 import importlib
@@ -107,6 +108,7 @@ def sparse_ffn(
     activation: str = "relu",
     up_activation: str = "linear",
     parallel: bool = False,
+    route: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The FFN over the neurons j with (b a x + bias)_j > 0, and no row of another neuron read.
 
@@ -119,12 +121,15 @@ def sparse_ffn(
       a, b, bias: (R, D), (F, R), (F,); the predictor.
       activation, up_activation: as in `dense_ffn`; silu has no zeros and is refused.
       parallel: compute gate and up of all predicted neurons; otherwise up of those that survive the gate alone.
+      route: (B, E), what scales the hidden values of each token's neurons, which are E groups of F / E; where it is
+        zero a group is neither scored nor read. None for ones.
 
     Returns:
       y (B, D), and counts (B, 2) int32: neurons predicted, and those of them whose hidden value is not zero.
     """
     outs = [jax.ShapeDtypeStruct(x.shape, jnp.float32), jax.ShapeDtypeStruct((x.shape[0], 2), jnp.int32)]
-    arrays = *_flatten((gate, up, down_t)), _float32(threshold), *_flatten((a, b)), _float32(bias)
+    route = jnp.ones((x.shape[0], 1)) if route is None else route
+    arrays = *_flatten((gate, up, down_t)), _float32(threshold), *_flatten((a, b)), _float32(bias), _float32(route)
     options = _codes(up, activation, up_activation) | {"parallel": np.bool_(parallel)}
     return tuple(_call("sparse_ffn", outs)(_float32(x), *arrays, **options))
 
@@ -133,33 +138,33 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    position: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
     keys: jax.Array,
     values: jax.Array,
     *,
     window: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attention of one new token per sequence over its KV cache, which takes the token's key and value first.
+    """Attention of new tokens of each sequence over its KV cache, which takes their keys and values first.
 
     Args:
-      q: (B, N, H) queries, rotated.
-      k, v: (B, K, H), key and value of the same token; N is a multiple of K.
-      position: (B,) int32.
+      q: (B, T, N, H) queries, rotated.
+      k, v: (B, T, K, H), keys and values of the same tokens; N is a multiple of K.
+      start: (B,) int32, the position of each sequence's first token.
+      count: (B,) int32, how many of its tokens exist; the others write nothing, and zeros come out.
       keys, values: (B, S, K, H) float32, bfloat16 or float16; slot s holds the newest position p with p % S == s.
-      window: positions a token sees, itself included; None for all.
+      window: positions a token sees, itself included; None for all. It sees S of them at most.
 
     Returns:
-      the attended values (B, N, H), and the caches, updated in place where the caller does not use them again.
+      the attended values (B, T, N, H), and the caches, updated in place where the caller does not use them again.
     """
     outs = [
         jax.ShapeDtypeStruct(q.shape, jnp.float32),
         *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in (keys, values)),
     ]
-    call = _call("attend", outs, input_output_aliases={4: 1, 5: 2})
-    q, k, v = map(_float32, (q, k, v))
-    return tuple(
-        call(q, k, v, position.astype(jnp.int32), keys, values, window=np.int64(2**62 if window is None else window))
-    )
+    call = _call("attend", outs, input_output_aliases={5: 1, 6: 2})
+    new = (*map(_float32, (q, k, v)), *(x.astype(jnp.int32) for x in (start, count)))
+    return tuple(call(*new, keys, values, window=np.int64(2**62 if window is None else window)))
 
 
 @jax.jit

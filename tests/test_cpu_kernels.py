@@ -27,6 +27,13 @@ def matrices(width=16, neurons=24):
     return [jnp.asarray(rng.standard_normal((neurons, width)), jnp.bfloat16) for _ in range(3)]
 
 
+def attend(heads=2, start=0, count=3, window=None):
+    """Three tokens of one sequence over a cache of four slots."""
+    q, new, side = jnp.ones((1, 3, heads, 8)), jnp.ones((1, 3, 2, 8)), jnp.ones((1, 4, 2, 8))
+    numbers = (jnp.full(1, number, jnp.int32) for number in (start, count))
+    return cpu_kernels.attend(q, new, new, *numbers, side, side, window=window)
+
+
 @needs_native
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -62,27 +69,16 @@ def matrices(width=16, neurons=24):
             lambda x, g, u, d: cpu_kernels.dense_ffn(x, g, None, d, jnp.zeros(23)),
             r"dense_ffn: threshold has shape \(23\), expected \(24\)",
         ),
+        (lambda *_: attend(heads=5), "attend: the 5 heads of q are no multiple of the 2 of k"),
+        (lambda *_: attend(start=-1), "attend: start 0 is negative"),
+        (lambda *_: attend(count=4), "attend: count 0 is 4 of 3 tokens"),
+        (lambda *_: attend(count=-1), "attend: count 0 is -1 of 3 tokens"),
+        (lambda *_: attend(window=0), "attend: window is 0, expected at least 1"),
         (
-            lambda x, g, u, d: cpu_kernels.attend(
-                jnp.ones((1, 5, 8)), *[jnp.ones((1, 2, 8))] * 2, jnp.zeros(1, jnp.int32), *[jnp.ones((1, 4, 2, 8))] * 2
+            lambda x, g, u, d: cpu_kernels.sparse_ffn(
+                x, g, u, d, jnp.zeros(24), g[:4], u[:, :4], jnp.zeros(24), route=jnp.ones((2, 5))
             ),
-            "attend: the 5 heads of q are no multiple of the 2 of k",
-        ),
-        (
-            lambda x, g, u, d: cpu_kernels.attend(
-                jnp.ones((1, 2, 8)), *[jnp.ones((1, 2, 8))] * 2, -jnp.ones(1, jnp.int32), *[jnp.ones((1, 4, 2, 8))] * 2
-            ),
-            "attend: position 0 is negative",
-        ),
-        (
-            lambda x, g, u, d: cpu_kernels.attend(
-                jnp.ones((1, 2, 8)),
-                *[jnp.ones((1, 2, 8))] * 2,
-                jnp.zeros(1, jnp.int32),
-                *[jnp.ones((1, 4, 2, 8))] * 2,
-                window=0,
-            ),
-            "attend: window is 0, expected at least 1",
+            "sparse_ffn: route has 5 groups, which do not divide 24 neurons",
         ),
         (
             lambda x, g, u, d: jax.ffi.ffi_call("jsparse_cpu_linear", jax.ShapeDtypeStruct((1, 1), jnp.float32))(),
@@ -155,12 +151,12 @@ def test_the_cache_is_updated_in_place_in_a_loop():
     def loop(q, keys, values):
         def step(i, carry):
             out, keys, values = carry
-            return cpu_kernels.attend(out, out, out, jnp.full((1,), i), keys, values)
+            return cpu_kernels.attend(out, out, out, jnp.full((1,), i), jnp.ones(1, jnp.int32), keys, values)
 
         return jax.lax.fori_loop(0, 8, step, (q, keys, values))
 
     cache = jnp.zeros((1, 4096, 2, 64), jnp.bfloat16)
-    compiled = jax.jit(loop, donate_argnums=(1, 2)).lower(jnp.ones((1, 2, 64)), cache, cache).compile()
+    compiled = jax.jit(loop, donate_argnums=(1, 2)).lower(jnp.ones((1, 1, 2, 64)), cache, cache).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < cache.nbytes / 10
 
 

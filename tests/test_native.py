@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [
-    *(ROOT / "cpu_kernels" / "native" / f"{name}.cc" for name in ("check", "kernels", "ops", "parallel")),
+    *(ROOT / "cpu_kernels" / "native" / f"{name}.cc" for name in ("attention", "check", "kernels", "ops", "parallel")),
     *sorted((ROOT / "cpu_kernels" / "native").glob("kernels_*.cc")),
     ROOT / "tests" / "native" / "test_ops.cc",
 ]

@@ -180,34 +180,42 @@ ffi::Error SparseFfnHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ff
   predictor.a = call.MatrixArg("a", -1, dims[1]);
   predictor.b = call.MatrixArg("b", ffn.gate.rows, predictor.a.rows);
   predictor.bias = call.Vectors("bias", {ffn.gate.rows});
+  const Buffer factors = call.Arg("route");
+  call.check.Expect(factors, Element::kF32, {dims[0], -1});
+  if (call.ok() && (factors.dims[1] < 1 || ffn.gate.rows % factors.dims[1])) {
+    call.check.Fail("route has " + std::to_string(factors.dims[1]) + " groups, which do not divide " +
+                    std::to_string(ffn.gate.rows) + " neurons");
+  }
   float* y = static_cast<float*>(call.Ret("y", Element::kF32, dims));
   int32_t* counts = static_cast<int32_t*>(call.Ret("counts", Element::kI32, {dims[0], 2}));
   if (!call.complete()) return call.Wrong();
-  SparseFfn({BestKernels(), PoolOf(threads)}, x, dims[0], ffn, predictor, spec, y, counts);
+  const Route route{static_cast<const float*>(factors.data), factors.dims[1]};
+  SparseFfn({BestKernels(), PoolOf(threads)}, x, dims[0], ffn, predictor, spec, route, y, counts);
   return ffi::Error::Success();
 }
 
 ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t window) {
   Call call("attend", args, rets);
   const Buffer q = call.Arg("q");
-  call.check.Expect(q, Element::kF32, {-1, -1, -1});
+  call.check.Expect(q, Element::kF32, {-1, -1, -1, -1});
   if (!call.ok()) return call.Wrong();
-  const int64_t batch = q.dims[0], head_dim = q.dims[2];
+  const int64_t batch = q.dims[0], tokens = q.dims[1], num_heads = q.dims[2], head_dim = q.dims[3];
   const Buffer k = call.Arg("k");
-  call.check.Expect(k, Element::kF32, {batch, -1, head_dim});
+  call.check.Expect(k, Element::kF32, {batch, tokens, -1, head_dim});
   if (!call.ok()) return call.Wrong();
-  const int64_t num_kv_heads = k.dims[1];
+  const int64_t num_kv_heads = k.dims[2];
   const float* v = call.Vectors("v", k.dims);
-  const Buffer position = call.Arg("position");
-  call.check.Expect(position, Element::kI32, {batch});
+  const Buffer start = call.Arg("start"), count = call.Arg("count");
+  call.check.Expect(start, Element::kI32, {batch});
+  call.check.Expect(count, Element::kI32, {batch});
   const Buffer keys = call.Arg("keys"), values = call.Arg("values");
   if (keys.element != Element::kF32 && keys.element != Element::kBF16 && keys.element != Element::kF16) {
     call.check.Fail("keys are neither float32, bfloat16 nor float16");
   }
   call.check.Expect(keys, keys.element, {batch, -1, num_kv_heads, head_dim});
   call.check.Expect(values, keys.element, keys.dims);
-  if (num_kv_heads < 1 || q.dims[1] % num_kv_heads) {
-    call.check.Fail("the " + std::to_string(q.dims[1]) + " heads of q are no multiple of the " +
+  if (num_kv_heads < 1 || num_heads % num_kv_heads) {
+    call.check.Fail("the " + std::to_string(num_heads) + " heads of q are no multiple of the " +
                     std::to_string(num_kv_heads) + " of k");
   }
   if (window < 1) call.check.Fail("window is " + std::to_string(window) + ", expected at least 1");
@@ -216,19 +224,29 @@ ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::
   void* new_values = call.Ret("new values", keys.element, keys.dims);
   if (new_keys != keys.data || new_values != values.data) call.check.Fail("the cache is not updated in place");
   if (!call.complete()) return call.Wrong();
-  const int32_t* positions = static_cast<const int32_t*>(position.data);
+  const AttentionArrays arrays{static_cast<const float*>(q.data),
+                               static_cast<const float*>(k.data),
+                               v,
+                               static_cast<const int32_t*>(start.data),
+                               static_cast<const int32_t*>(count.data),
+                               new_keys,
+                               new_values,
+                               out};
   for (int64_t b = 0; b < batch; ++b) {
-    if (positions[b] < 0) call.check.Fail("position " + std::to_string(b) + " is negative");
+    if (arrays.start[b] < 0) call.check.Fail("start " + std::to_string(b) + " is negative");
+    if (arrays.count[b] < 0 || arrays.count[b] > tokens) {
+      call.check.Fail("count " + std::to_string(b) + " is " + std::to_string(arrays.count[b]) + " of " +
+                      std::to_string(tokens) + " tokens");
+    }
   }
   if (keys.dims[1] < 1) call.check.Fail("the cache has no slots");
   if (!call.ok()) return call.Wrong();
   const Type type = keys.element == Element::kF32    ? Type::kF32
                     : keys.element == Element::kBF16 ? Type::kBF16
                                                      : Type::kF16;
-  const Attention shape{batch, q.dims[1], num_kv_heads, head_dim, keys.dims[1], type, window,
-                        1.0f / __builtin_sqrtf(static_cast<float>(head_dim))};
-  Attend({BestKernels(), PoolOf(threads)}, shape, static_cast<const float*>(q.data), static_cast<const float*>(k.data),
-         v, positions, new_keys, new_values, out);
+  const Attention shape{batch,  tokens, num_heads, num_kv_heads, head_dim, keys.dims[1], type,
+                        window, 1.0f / __builtin_sqrtf(static_cast<float>(head_dim))};
+  Attend({BestKernels(), PoolOf(threads)}, shape, arrays);
   return ffi::Error::Success();
 }
 

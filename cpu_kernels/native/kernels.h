@@ -38,16 +38,10 @@ struct Kernels {
   float (*quantize)(Type type, const float* x, int64_t n, int16_t* features);
   void (*scores)(const Matrix& w, Rows rows, const int16_t* features, float step, float* out);
 
-  // For many vectors at once, at most kPanelVectors: these stand side by side, `padded` of them in a line, which
-  // `transpose` makes of elements [begin, end) of arranged ones. `panel` is a scratch of panel_size floats.
-  int64_t (*padded)(int64_t num_x);
-  void (*transpose)(const float* arranged, int64_t lda, int64_t num_x, int64_t begin, int64_t end, float* x);
-  // out[m * ldo + i] = row rows[i] of w . x_m, for at most kPanelRows rows.
-  void (*multiply_rows)(const Matrix& w, Rows rows, const float* x, int64_t num_x, float* panel, float* out,
-                        int64_t ldo);
-  // out[m * ldo + c] = sum over j of h[m * ldh + j] * w[j][column + c], for the column_block columns from `column` on.
-  void (*multiply_columns)(const Matrix& w, int64_t column, const float* h, int64_t ldh, int64_t num_x, float* panel,
-                           float* out, int64_t ldo);
+  // sums[m] += sum over i of h[m * ldh + i] * row rows[i] of w without its scale, for many vectors: the column_block
+  // columns from `column` on, in w's arrangement, one vector every lds floats; `panel` is a scratch of panel_size floats.
+  void (*add_columns)(const Matrix& w, Rows rows, int64_t column, const float* h, int64_t ldh, int64_t num_x,
+                      float* panel, float* sums, int64_t lds);
   int64_t panel_size;
   int64_t column_block;
 
@@ -56,9 +50,6 @@ struct Kernels {
   // Reads the bytes and returns a value that depends on all of them.
   uint64_t (*read)(const void* data, int64_t bytes);
 };
-
-constexpr int64_t kPanelRows = 48;
-constexpr int64_t kPanelVectors = 512;
 
 // The best table for the processor this runs on.
 const Kernels& BestKernels();

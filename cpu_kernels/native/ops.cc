@@ -11,12 +11,11 @@ namespace {
 
 // Sums over neurons are taken in this many parts, whatever the number of threads, and the parts in order.
 constexpr int64_t kSlots = 16;
-constexpr int64_t kChunkRows = kPanelRows;  // rows of a matrix a thread takes at a time
-constexpr int64_t kFew = 8;           // vectors that a pass over the rows takes without widening them first
+constexpr int64_t kChunkRows = 48;    // rows of a matrix a thread takes at a time
+constexpr int64_t kFew = 8;           // vectors that take the FFN of a slot's neurons one after another
+constexpr int64_t kManyVectors = 512;
+constexpr int64_t kNearVectors = 48;  // arranged vectors that stay in a core's cache while rows pass by
 constexpr int64_t kDownRows = 32;     // rows that stay in cache while several vectors take them
-constexpr int64_t kSplit = 64;        // slots of a KV cache a thread takes at a time
-constexpr int64_t kSlotsAtOnce = 4;   // of a KV cache, for one head after another; or more, of at most so many bytes:
-constexpr int64_t kBlockBytes = 1 << 14;
 constexpr int64_t kReduceColumns = 1024;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -24,7 +23,7 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t Bytes(const Matrix& w) { return w.rows * w.stride; }
 int64_t Bytes(const Ffn& ffn) { return Bytes(ffn.gate) + Bytes(ffn.up) + Bytes(ffn.down_t); }
 
-// x arranged for the types of several matrices, each type once; many vectors stand side by side.
+// x arranged for the types of several matrices, each type once.
 class Arranged {
  public:
   Arranged(const Context& context, Arena& arena, const float* x, int64_t num_x, int64_t n)
@@ -32,10 +31,10 @@ class Arranged {
 
   struct View {
     const float* x;
-    int64_t stride;  // from one vector to the next, of few
+    int64_t stride;  // from one vector to the next
   };
 
-  // To be called before the phases run: for many vectors the arranging itself becomes two of them.
+  // To be called before the phases run: for many vectors the arranging itself becomes one of them.
   View For(Type type, Phases& phases) {
     View& view = views_[static_cast<int>(type)];
     if (view.x) return view;
@@ -45,17 +44,11 @@ class Arranged {
     const auto arrange = [this, type, size, rows](int64_t m) {
       kernels_.arrange(type, x_ + m * n_, n_, 1.0f, rows + m * size);
     };
-    if (num_x_ <= kFew) {
+    if (num_x_ > kFew) {
+      phases.Add(num_x_, arrange);
+    } else {
       for (int64_t m = 0; m < num_x_; ++m) arrange(m);
-      return view;
     }
-    float* columns = arena_.Take<float>(kernels_.padded(num_x_) * size);
-    view.x = columns;
-    phases.Add(num_x_, arrange);
-    phases.Add(CeilDiv(size, kChunkRows), [this, size, rows, columns](int64_t chunk) {
-      const int64_t begin = chunk * kChunkRows;
-      kernels_.transpose(rows, size, num_x_, begin, std::min(size, begin + kChunkRows), columns);
-    });
     return view;
   }
 
@@ -85,12 +78,12 @@ struct RowChunks {
   int64_t total = 0;
 };
 
-// The product of some rows with num_x vectors, the way that suits their number.
+// The product of some rows with num_x vectors.
 void Multiply(const Kernels& kernels, const Matrix& w, Rows rows, Arranged::View x, int64_t num_x, float* out,
               int64_t ldo) {
-  if (num_x <= kFew) return kernels.dots(w, rows, x.x, x.stride, num_x, out, ldo);
-  float* panel = Arena::OfChunk().Take<float>(kernels.panel_size);
-  kernels.multiply_rows(w, rows, x.x, num_x, panel, out, ldo);
+  for (int64_t m = 0; m < num_x; m += kNearVectors) {
+    kernels.dots(w, rows, x.x + m * x.stride, x.stride, std::min(kNearVectors, num_x - m), out + m * ldo, ldo);
+  }
 }
 
 void LinearBlock(const Context& context, const float* x, int64_t num_x, const std::vector<Matrix>& weights,
@@ -103,7 +96,6 @@ void LinearBlock(const Context& context, const float* x, int64_t num_x, const st
   for (const Matrix& w : weights) views.push_back(arranged.For(w.type, phases));
   const RowChunks chunks(weights);
   phases.Add(chunks.total, [&](int64_t chunk) {
-    Arena::OfChunk().Begin();
     const auto [which, rows] = chunks[chunk];
     const Matrix& w = weights[which];
     Multiply(context.kernels, w, rows, views[which], num_x, outs[which] + rows.first, w.rows);
@@ -131,6 +123,12 @@ void Activate(const FfnSpec& spec, const float* threshold, int64_t n, const floa
   for (int64_t i = 0; i < n && HasUp(spec); ++i) hidden[i] *= Psi(spec, up[i]);
 }
 
+// The neurons of a slot. The last slots are a third of the first: what threads do before they wait for one another is short.
+Rows SlotNeurons(int64_t num_neurons, int64_t slot) {
+  const auto begin = [=](int64_t s) { return num_neurons * s * (3 * kSlots - s) / (2 * kSlots * kSlots); };
+  return {nullptr, begin(slot), begin(slot + 1) - begin(slot)};
+}
+
 // Sums over neurons by slot: slot s of token m is accumulated at Slot(s, m), then the slots are added in order.
 class SlotSums {
  public:
@@ -138,12 +136,6 @@ class SlotSums {
       : kernels_(context.kernels), down_t_(down_t), num_x_(num_x) {
     size_ = kernels_.arranged_size(down_t.type, down_t.cols);
     sums_ = arena.Take<float>(kSlots * num_x * size_);
-  }
-
-  // The last slots are a third of the first: what threads do before they wait for one another is short.
-  Rows NeuronsOf(int64_t slot) const {
-    const auto begin = [rows = down_t_.rows](int64_t s) { return rows * s * (3 * kSlots - s) / (2 * kSlots * kSlots); };
-    return {nullptr, begin(slot), begin(slot + 1) - begin(slot)};
   }
 
   void Clear(int64_t slot) { std::memset(Of(slot, 0), 0, num_x_ * size_ * sizeof(float)); }
@@ -177,7 +169,7 @@ void DenseFfnFew(const Context& context, const float* x, int64_t num_x, const Ff
   SlotSums sums(context, arena, ffn.down_t, num_x);
   phases.Add(kSlots, [&](int64_t slot) {
     sums.Clear(slot);
-    const Rows neurons = sums.NeuronsOf(slot);
+    const Rows neurons = SlotNeurons(ffn.gate.rows, slot);
     Arena& own = Arena::OfChunk();
     own.Begin();
     float* hidden = own.Take<float>(num_x * neurons.count);
@@ -218,16 +210,30 @@ void DenseFfnBlock(const Context& context, const float* x, int64_t num_x, const 
     float* up = own.Take<float>(num_x * rows.count);
     Multiply(kernels, ffn.gate, rows, gate_x, num_x, hidden + first, num_neurons);
     if (HasUp(spec)) Multiply(kernels, ffn.up, rows, up_x, num_x, up, rows.count);
+    const float* scale = ffn.down_t.scale ? ffn.down_t.scale + first : nullptr;
     for (int64_t m = 0; m < num_x; ++m) {
-      Activate(spec, ffn.threshold + first, rows.count, up + m * rows.count, hidden + m * num_neurons + first);
+      float* own_hidden = hidden + m * num_neurons + first;
+      Activate(spec, ffn.threshold + first, rows.count, up + m * rows.count, own_hidden);
+      for (int64_t i = 0; i < rows.count && scale; ++i) own_hidden[i] *= scale[i];
     }
   });
+  // The same sums as of few vectors: slot by slot, and then the slots in order.
   phases.Add(CeilDiv(width, kernels.column_block), [&](int64_t chunk) {
     Arena& own = Arena::OfChunk();
     own.Begin();
-    const int64_t column = chunk * kernels.column_block;
+    const int64_t column = chunk * kernels.column_block, size = num_x * kernels.column_block;
     float* panel = own.Take<float>(kernels.panel_size);
-    kernels.multiply_columns(ffn.down_t, column, hidden, num_neurons, num_x, panel, y + column, width);
+    float* sums = own.Take<float>(kSlots * size);
+    std::memset(sums, 0, kSlots * size * sizeof(float));
+    for (int64_t slot = 0; slot < kSlots; ++slot) {
+      const Rows neurons = SlotNeurons(num_neurons, slot);
+      kernels.add_columns(ffn.down_t, neurons, column, hidden + neurons.first, num_neurons, num_x, panel,
+                          sums + slot * size, kernels.column_block);
+    }
+    const int64_t n = std::min(kernels.column_block, width - column);
+    for (int64_t m = 0; m < num_x; ++m) {
+      kernels.combine(ffn.down_t.type, sums + m * kernels.column_block, kSlots, size, n, y + m * width + column);
+    }
   });
   phases.Run(context.pool, Bytes(ffn) * CeilDiv(num_x, kFew));
 }
@@ -300,7 +306,7 @@ int64_t Compact(int64_t count, int32_t* list, float* value) {
 }
 
 void SparseFfnFew(const Context& context, const float* x, int64_t num_x, const Ffn& ffn, const Predictor& predictor,
-                  const FfnSpec& spec, float* y, int32_t* counts) {
+                  const FfnSpec& spec, const Route& route, float* y, int32_t* counts) {
   const Kernels& kernels = context.kernels;
   Arena& arena = Arena::OfCall();
   arena.Begin();
@@ -312,18 +318,28 @@ void SparseFfnFew(const Context& context, const float* x, int64_t num_x, const F
   features.AddPhases(phases, arranged.For(predictor.a.type, phases));
   SlotSums sums(context, arena, ffn.down_t, num_x);
   int32_t* slot_counts = arena.Take<int32_t>(kSlots * num_x * 2);
+  const int64_t group_size = ffn.gate.rows / route.groups;
   phases.Add(kSlots, [&](int64_t slot) {
     sums.Clear(slot);
-    const Rows neurons = sums.NeuronsOf(slot);
+    const Rows neurons = SlotNeurons(ffn.gate.rows, slot);
     Arena& own = Arena::OfChunk();
     own.Begin();
     int32_t* list = own.Take<int32_t>(neurons.count);
     float* hidden = own.Take<float>(neurons.count);
     float* up = own.Take<float>(neurons.count);
     for (int64_t m = 0; m < num_x; ++m) {
-      const int64_t predicted = features.Predicted(m, neurons, up, list);
+      const float* factors = route.factors + m * route.groups;
+      int64_t predicted = 0;
+      for (int64_t first = neurons.first, end = first + neurons.count, stop; first < end; first = stop) {
+        const int64_t group = first / group_size;
+        stop = std::min(end, (group + 1) * group_size);
+        if (factors[group] != 0) predicted += features.Predicted(m, {nullptr, first, stop - first}, up, list + predicted);
+      }
       kernels.dots(ffn.gate, {list, 0, predicted}, gate_x.x + m * gate_x.stride, gate_x.stride, 1, hidden, predicted);
-      for (int64_t i = 0; i < predicted; ++i) hidden[i] = Phi(spec, hidden[i], ffn.threshold[list[i]]);
+      for (int64_t i = 0; i < predicted; ++i) {
+        const float factor = route.groups == 1 ? *factors : factors[list[i] / group_size];
+        hidden[i] = Phi(spec, hidden[i], ffn.threshold[list[i]]) * factor;
+      }
       int64_t active = spec.parallel && HasUp(spec) ? predicted : Compact(predicted, list, hidden);
       if (HasUp(spec)) {
         kernels.dots(ffn.up, {list, 0, active}, up_x.x + m * up_x.stride, up_x.stride, 1, up, active);
@@ -343,38 +359,6 @@ void SparseFfnFew(const Context& context, const float* x, int64_t num_x, const F
     counts[i] = 0;
     for (int64_t slot = 0; slot < kSlots; ++slot) counts[i] += slot_counts[slot * num_x * 2 + i];
   }
-}
-
-uint16_t ToBF16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
-uint16_t ToF16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint32_t sign = bits >> 16 & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
-  if (magnitude < 0x38800000u) {  // subnormal: in units of 2^-24, rounded to even by the addition
-    const float shifted = std::fabs(value) + 0.5f;
-    uint32_t units;
-    std::memcpy(&units, &shifted, 4);
-    return static_cast<uint16_t>(sign | (units - 0x3f000000u));
-  }
-  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13));
-}
-
-void StoreAs(Type type, const float* from, int64_t n, void* to) {
-  if (type == Type::kF32) {
-    std::memcpy(to, from, n * sizeof(float));
-    return;
-  }
-  uint16_t* halves = static_cast<uint16_t*>(to);
-  for (int64_t i = 0; i < n; ++i) halves[i] = type == Type::kBF16 ? ToBF16(from[i]) : ToF16(from[i]);
 }
 
 }  // namespace
@@ -397,116 +381,29 @@ void TakeRows(const Context& context, const Matrix& w, const int32_t* indices, i
 
 void Linear(const Context& context, const float* x, int64_t num_x, const std::vector<Matrix>& weights,
             const std::vector<float*>& outs) {
-  for (int64_t m = 0; m < num_x; m += kPanelVectors) {
+  for (int64_t m = 0; m < num_x; m += kManyVectors) {
     std::vector<float*> some;
     for (size_t i = 0; i < outs.size(); ++i) some.push_back(outs[i] + m * weights[i].rows);
-    LinearBlock(context, x + m * weights[0].cols, std::min(kPanelVectors, num_x - m), weights, some);
+    LinearBlock(context, x + m * weights[0].cols, std::min(kManyVectors, num_x - m), weights, some);
   }
 }
 
 void DenseFfn(const Context& context, const float* x, int64_t num_x, const Ffn& ffn, const FfnSpec& spec, float* y) {
   const int64_t width = ffn.gate.cols;
   if (num_x <= kFew) return DenseFfnFew(context, x, num_x, ffn, spec, y);
-  for (int64_t m = 0; m < num_x; m += kPanelVectors) {
-    DenseFfnBlock(context, x + m * width, std::min(kPanelVectors, num_x - m), ffn, spec, y + m * width);
+  for (int64_t m = 0; m < num_x; m += kManyVectors) {
+    DenseFfnBlock(context, x + m * width, std::min(kManyVectors, num_x - m), ffn, spec, y + m * width);
   }
 }
 
 void SparseFfn(const Context& context, const float* x, int64_t num_x, const Ffn& ffn, const Predictor& predictor,
-               const FfnSpec& spec, float* y, int32_t* counts) {
+               const FfnSpec& spec, const Route& route, float* y, int32_t* counts) {
   const int64_t width = ffn.gate.cols;
   for (int64_t m = 0; m < num_x; m += kFew) {
     const int64_t some = std::min(kFew, num_x - m);
-    SparseFfnFew(context, x + m * width, some, ffn, predictor, spec, y + m * width, counts + m * 2);
+    const Route of_some{route.factors + m * route.groups, route.groups};
+    SparseFfnFew(context, x + m * width, some, ffn, predictor, spec, of_some, y + m * width, counts + m * 2);
   }
-}
-
-void Attend(const Context& context, const Attention& shape, const float* q, const float* k, const float* v,
-            const int32_t* position, void* keys, void* values, float* out) {
-  const Kernels& kernels = context.kernels;
-  const Type type = shape.cache_type;
-  const int64_t head = shape.head_dim, group = shape.num_heads / shape.num_kv_heads;
-  const int64_t head_bytes = RowBytes(type, head), slot_bytes = shape.num_kv_heads * head_bytes;
-  const int64_t size = kernels.arranged_size(type, head), splits = CeilDiv(shape.slots, kSplit);
-  Arena& arena = Arena::OfCall();
-  arena.Begin();
-  float* queries = arena.Take<float>(shape.batch * shape.num_heads * size);
-  // Of every split and head: largest score, sum of exponentials, weighted sum of values.
-  const int64_t partial_size = size + 2;
-  float* partials = arena.Take<float>(shape.batch * splits * shape.num_heads * partial_size);
-  for (int64_t b = 0; b < shape.batch; ++b) {
-    const int64_t slot = position[b] % shape.slots, at = (b * shape.slots + slot) * slot_bytes;
-    const int64_t row = shape.num_kv_heads * head;
-    StoreAs(type, k + b * row, row, static_cast<uint8_t*>(keys) + at);
-    StoreAs(type, v + b * row, row, static_cast<uint8_t*>(values) + at);
-    for (int64_t h = 0; h < shape.num_heads; ++h) {
-      const int64_t i = b * shape.num_heads + h;
-      kernels.arrange(type, q + i * head, head, shape.scale, queries + i * size);
-    }
-  }
-  // Slots beyond the position hold nothing yet.
-  const auto filled = [&](int64_t b) { return std::min<int64_t>(shape.slots, int64_t{position[b]} + 1); };
-  Phases phases;
-  phases.Add(shape.batch * splits, [&](int64_t chunk) {
-    const int64_t b = chunk / splits, first = chunk % splits * kSplit;
-    const int64_t count = std::min(kSplit, filled(b) - first);
-    float* partial = partials + chunk * shape.num_heads * partial_size;
-    if (count <= 0) return;
-    Arena& own = Arena::OfChunk();
-    own.Begin();
-    float* scores = own.Take<float>(shape.num_heads * count);
-    // A few slots of all heads at a time: the cache is read front to back, and during the last of them the `next` begins.
-    const int64_t at_once = std::max(kSlotsAtOnce, kBlockBytes / slot_bytes);
-    const auto for_blocks = [&](const void* cache, const void* next, auto body) {
-      const int64_t to_next = reinterpret_cast<intptr_t>(next) - reinterpret_cast<intptr_t>(cache);
-      for (int64_t i = 0; i < count; i += at_once) {
-        const Rows rows{nullptr, first + i, std::min(at_once, count - i)};
-        const int64_t ahead = i + at_once < count ? at_once * slot_bytes : next ? to_next - i * slot_bytes : 0;
-        for (int64_t kv = 0; kv < shape.num_kv_heads; ++kv) {
-          const uint8_t* data = static_cast<const uint8_t*>(cache) + b * shape.slots * slot_bytes + kv * head_bytes;
-          body(Matrix{type, data, nullptr, shape.slots, head, slot_bytes, ahead}, rows, i, kv * group);
-        }
-      }
-    };
-    for_blocks(keys, values, [&](const Matrix& side, Rows rows, int64_t i, int64_t h) {
-      kernels.dots(side, rows, queries + (b * shape.num_heads + h) * size, size, group, scores + h * count + i, count);
-    });
-    for (int64_t h = 0; h < shape.num_heads; ++h) {
-      float* p = scores + h * count;
-      for (int64_t i = 0; i < count && shape.window < shape.slots; ++i) {
-        const int64_t age = ((position[b] - first - i) % shape.slots + shape.slots) % shape.slots;
-        if (age >= shape.window) p[i] = -INFINITY;
-      }
-      float* result = partial + h * partial_size;
-      result[1] = kernels.exponentiate(p, count, result);
-      std::memset(result + 2, 0, size * sizeof(float));
-    }
-    for_blocks(values, nullptr, [&](const Matrix& side, Rows rows, int64_t i, int64_t h) {
-      kernels.weighted(side, rows, scores + h * count + i, count, group, partial + h * partial_size + 2, partial_size);
-    });
-  });
-  phases.Add(shape.batch * shape.num_heads, [&](int64_t chunk) {
-    const int64_t b = chunk / shape.num_heads, h = chunk % shape.num_heads;
-    const float* of_head = partials + (b * splits * shape.num_heads + h) * partial_size;
-    const int64_t stride = shape.num_heads * partial_size;
-    const int64_t count = CeilDiv(filled(b), kSplit);
-    Arena& own = Arena::OfChunk();
-    own.Begin();
-    float* factors = own.Take<float>(count);
-    float* sum = own.Take<float>(size);
-    for (int64_t s = 0; s < count; ++s) factors[s] = of_head[s * stride];
-    float largest, total = 0;
-    kernels.exponentiate(factors, count, &largest);
-    for (int64_t s = 0; s < count; ++s) total += factors[s] * of_head[s * stride + 1];
-    for (int64_t s = 0; s < count; ++s) factors[s] /= total;
-    std::memset(sum, 0, size * sizeof(float));
-    const Matrix values{Type::kF32, of_head + 2, nullptr, count, size, stride * int64_t{sizeof(float)}, 0};
-    kernels.accumulate(values, {nullptr, 0, count}, factors, sum);
-    kernels.restore(type, sum, head, out + chunk * head);
-  });
-  int64_t read = 0;
-  for (int64_t b = 0; b < shape.batch; ++b) read += 2 * filled(b) * slot_bytes;
-  phases.Run(context.pool, read);
 }
 
 uint64_t ReadAll(const Context& context, const void* data, int64_t bytes) {

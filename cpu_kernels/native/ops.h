@@ -1,4 +1,5 @@
-// The operations of a decode step and of a prefill, on checked arguments. Vectors are float32, one row a token.
+// The operations of a decode step and of a prefill, on checked arguments. Vectors are float32, one row a token. A token's
+// result has the same bits for any number of tokens and of threads.
 #pragma once
 
 #include <cstdint>
@@ -49,23 +50,40 @@ void Linear(const Context& context, const float* x, int64_t num_x, const std::ve
 // y (num_x, D) over all neurons.
 void DenseFfn(const Context& context, const float* x, int64_t num_x, const Ffn& ffn, const FfnSpec& spec, float* y);
 
+// What scales the hidden values of every token's neurons, a group of equally many after the other: (num_x, groups). Where it
+// is zero the group is neither scored nor read.
+struct Route {
+  const float* factors;
+  int64_t groups;
+};
+
 // y (num_x, D) over the predicted neurons, and counts (num_x, 2): predicted, and truly active among them.
 void SparseFfn(const Context& context, const float* x, int64_t num_x, const Ffn& ffn, const Predictor& predictor,
-               const FfnSpec& spec, float* y, int32_t* counts);
+               const FfnSpec& spec, const Route& route, float* y, int32_t* counts);
 
-// One token of every sequence over its KV cache, a ring of `slots` slots of which slot s holds the newest position p
-// with p % slots == s.
+// Tokens of every sequence over its KV cache, a ring of `slots` slots of which slot s holds the newest position p with
+// p % slots == s.
 struct Attention {
-  int64_t batch, num_heads, num_kv_heads, head_dim, slots;
+  int64_t batch, tokens, num_heads, num_kv_heads, head_dim, slots;
   Type cache_type;
-  int64_t window;  // positions a token sees, itself included
+  int64_t window;  // positions a token sees, itself included; at most `slots` are there
   float scale;
 };
 
-// Writes k and v (batch, num_kv_heads, head_dim) at their positions, then out (batch, num_heads, head_dim) = attention
-// of q over what is visible.
-void Attend(const Context& context, const Attention& shape, const float* q, const float* k, const float* v,
-            const int32_t* position, void* keys, void* values, float* out);
+struct AttentionArrays {
+  const float* q;  // (batch, tokens, num_heads, head_dim)
+  const float* k;  // (batch, tokens, num_kv_heads, head_dim), and v
+  const float* v;
+  const int32_t* start;  // (batch), the first token's position
+  const int32_t* count;  // (batch), how many of the tokens exist
+  void* keys;            // (batch, slots, num_kv_heads, head_dim), and values
+  void* values;
+  float* out;  // as q
+};
+
+// Writes keys and values at the tokens' positions, and the attention over what each of them sees; zeros for tokens that
+// do not exist. A token's result has the same bits whatever stands beside it.
+void Attend(const Context& context, const Attention& shape, const AttentionArrays& arrays);
 
 // Reads all bytes; the result depends on every one. For measuring memory bandwidth.
 uint64_t ReadAll(const Context& context, const void* data, int64_t bytes);

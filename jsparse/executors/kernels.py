@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+import jax.numpy as jnp
+
 from jsparse.arrays import Matrix, QuantizedRows
 from jsparse.model.attention import KVCache
 from jsparse.model.executor import Executor, Split
@@ -92,5 +94,9 @@ class KernelExecutor(Executor):
         window: int | None,
     ) -> tuple[Float[Array, "B N H"], KVCache]:
         """As `Executor.attend`."""
-        out, keys, values = self._kernels.attend(q, k, v, position, *cache, window=window)
-        return out, (keys, values)
+        if self.name == "cuda":
+            out, keys, values = self._kernels.attend(q, k, v, position, *cache, window=window)
+            return out, (keys, values)
+        new, count = (side[:, None] for side in (q, k, v)), jnp.ones_like(position)
+        out, keys, values = self._kernels.attend(*new, position, count, *cache, window=window)
+        return out[:, 0], (keys, values)

@@ -1,6 +1,7 @@
 // The native operations against plain loops in double precision, for every instruction set this processor runs, on
 // buffers of exactly the size they need. `tests/test_native.py` builds it with sanitizers.
 
+#include <algorithm>
 #include <cmath>
 #include <condition_variable>
 #include <cstdio>
@@ -300,6 +301,10 @@ struct FfnCase {
   }
 };
 
+// No token leaves a neuron out.
+const std::vector<float> kOnes(64, 1.0f);
+const Route kAll{kOnes.data(), 1};
+
 void TestFfn(const Case& c) {
   const struct {
     Activation activation;
@@ -337,7 +342,7 @@ void TestFfn(const Case& c) {
             f.bias.assign(shape.neurons, bias);
             for (bool parallel : {false, true}) {
               spec.parallel = parallel;
-              SparseFfn(c.context(), f.x.data(), num_x, f.ffn(spec), f.predictor(), spec, y.data(), counts.data());
+              SparseFfn(c.context(), f.x.data(), num_x, f.ffn(spec), f.predictor(), spec, kAll, y.data(), counts.data());
               for (int64_t m = 0; m < num_x; ++m) {
                 ExpectClose({y.begin() + m * shape.width, y.begin() + (m + 1) * shape.width},
                             f.Oracle(m, spec, true, wanted_counts), 1e-5, what + ", sparse");
@@ -351,52 +356,180 @@ void TestFfn(const Case& c) {
   }
 }
 
+// Three groups of neurons, each token with its own factors: zero leaves a group out, whose rows hold NaN.
+void TestRoute(const Case& c) {
+  FfnCase f(c.random, Type::kF32, Type::kI4, 33, 126, 7, 2);
+  f.bias.assign(126, INFINITY);
+  FfnSpec spec{Activation::kRelu, UpActivation::kLinear, false};
+  const std::vector<float> factors = {1, 0, 0.5f, 0, 0, 2};
+  for (bool parallel : {false, true}) {
+    spec.parallel = parallel;
+    std::vector<double> wanted[2];
+    for (int64_t m : {0, 1}) {
+      wanted[m].assign(33, 0);
+      const std::vector<double> token = f.Token(m), g = Product(f.gate, token), u = Product(f.up, token);
+      for (int64_t j = 0; j < 126; ++j) {
+        for (int64_t i = 0; i < 33; ++i) {
+          wanted[m][i] += factors[m * 3 + j / 42] * std::fmax(g[j], 0) * u[j] * f.down_t.Row(j)[i];
+        }
+      }
+    }
+    float* rows = reinterpret_cast<float*>(f.gate.data.get());
+    std::vector<float> saved(rows + 42 * 33, rows + 84 * 33);
+    std::fill(rows + 42 * 33, rows + 84 * 33, NAN);
+    std::vector<float> y(66);
+    std::vector<int32_t> counts(4);
+    SparseFfn(c.context(), f.x.data(), 2, f.ffn(spec), f.predictor(), spec, {factors.data(), 3}, y.data(), counts.data());
+    std::copy(saved.begin(), saved.end(), rows + 42 * 33);
+    for (int64_t m : {0, 1}) ExpectClose({y.begin() + m * 33, y.begin() + (m + 1) * 33}, wanted[m], 1e-5, c.name + " route");
+    Expect(counts[0] == 84 && counts[2] == 42, c.name + " route, counts");
+  }
+}
+
+// A token's results beside others have the bits that they have alone.
+void TestCompany(const Case& c) {
+  const auto same = [&](const float* many, const float* alone, int64_t n, const std::string& what) {
+    Expect(!std::memcmp(many, alone, n * sizeof(float)), c.name + " " + what + ": other bits than alone");
+  };
+  for (Type type : kTypes) {
+    for (int64_t num_x : {2, 3, 5, 8, 9, 61}) {
+      FfnCase f(c.random, type, Type::kI8, 517, 230, 19, num_x);
+      const std::string what = std::string(kTypeNames[static_cast<int>(type)]) + ", " + std::to_string(num_x) + " vectors";
+      const FfnSpec spec{Activation::kRelu, UpActivation::kLinear, false};
+      std::vector<float> linear(num_x * 230), dense(num_x * 517), sparse(num_x * 517), alone(517);
+      std::vector<int32_t> counts(num_x * 2);
+      Linear(c.context(), f.x.data(), num_x, {f.gate.view}, {linear.data()});
+      DenseFfn(c.context(), f.x.data(), num_x, f.ffn(spec), spec, dense.data());
+      SparseFfn(c.context(), f.x.data(), num_x, f.ffn(spec), f.predictor(), spec, kAll, sparse.data(), counts.data());
+      for (int64_t m = 0; m < num_x; ++m) {
+        const float* x = f.x.data() + m * 517;
+        Linear(c.context(), x, 1, {f.gate.view}, {alone.data()});
+        same(linear.data() + m * 230, alone.data(), 230, "linear " + what);
+        DenseFfn(c.context(), x, 1, f.ffn(spec), spec, alone.data());
+        same(dense.data() + m * 517, alone.data(), 517, "dense " + what);
+        SparseFfn(c.context(), x, 1, f.ffn(spec), f.predictor(), spec, kAll, alone.data(), counts.data());
+        same(sparse.data() + m * 517, alone.data(), 517, "sparse " + what);
+      }
+    }
+  }
+}
+
+struct AttendCase {
+  Attention shape;
+  Stored keys, values;
+  std::vector<float> q, k, v;  // what every type holds exactly, of k and v
+  std::vector<int32_t> start, count;
+
+  AttendCase(Random& random, const Attention& shape, std::vector<int32_t> start, std::vector<int32_t> count)
+      : shape(shape), start(std::move(start)), count(std::move(count)) {
+    const int64_t row = shape.num_kv_heads * shape.head_dim, tokens = shape.batch * shape.tokens;
+    keys = random.Make(shape.cache_type, shape.batch * shape.slots, row);
+    values = random.Make(shape.cache_type, shape.batch * shape.slots, row);
+    q = random.Vector(tokens * shape.num_heads * shape.head_dim);
+    k.resize(tokens * row), v.resize(tokens * row);
+    for (float& value : k) value = random.Whole(-8, 8) / 4.0f;
+    for (float& value : v) value = random.Whole(-8, 8) / 4.0f;
+  }
+
+  // All tokens in one call, or in calls of some tokens.
+  std::vector<float> Run(const Context& context, int64_t at_once) {
+    std::vector<float> out(q.size(), NAN);
+    const int64_t query = shape.num_heads * shape.head_dim, row = shape.num_kv_heads * shape.head_dim;
+    for (int64_t first = 0; first < shape.tokens; first += at_once) {
+      const int64_t some = std::min(at_once, shape.tokens - first);
+      const auto part = [&](const std::vector<float>& all, int64_t size) {
+        std::vector<float> taken;
+        for (int64_t b = 0; b < shape.batch; ++b) {
+          const auto from = all.begin() + (b * shape.tokens + first) * size;
+          taken.insert(taken.end(), from, from + some * size);
+        }
+        return taken;
+      };
+      const std::vector<float> now_q = part(q, query), now_k = part(k, row), now_v = part(v, row);
+      std::vector<float> now_out(now_q.size());
+      std::vector<int32_t> now_start, now_count;
+      for (int64_t b = 0; b < shape.batch; ++b) {
+        now_start.push_back(start[b] + first);
+        now_count.push_back(std::clamp<int64_t>(count[b] - first, 0, some));
+      }
+      Attention now = shape;
+      now.tokens = some;
+      Attend(context, now, {now_q.data(), now_k.data(), now_v.data(), now_start.data(), now_count.data(),
+                            keys.data.get(), values.data.get(), now_out.data()});
+      for (int64_t b = 0; b < shape.batch; ++b) {
+        std::copy(now_out.begin() + b * some * query, now_out.begin() + (b + 1) * some * query,
+                  out.begin() + (b * shape.tokens + first) * query);
+      }
+    }
+    return out;
+  }
+
+  // Token by token; the caches' exact values take them.
+  std::vector<double> Oracle() {
+    std::vector<double> out(q.size());
+    const int64_t row = shape.num_kv_heads * shape.head_dim, head_dim = shape.head_dim;
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      for (int64_t t = 0; t < count[b]; ++t) {
+        const int64_t position = start[b] + t, token = b * shape.tokens + t, now = position % shape.slots;
+        for (int64_t i = 0; i < row; ++i) {
+          keys.values[(b * shape.slots + now) * row + i] = k[token * row + i];
+          values.values[(b * shape.slots + now) * row + i] = v[token * row + i];
+        }
+        for (int64_t h = 0; h < shape.num_heads; ++h) {
+          const int64_t kv = h / (shape.num_heads / shape.num_kv_heads);
+          double* wanted = out.data() + (token * shape.num_heads + h) * head_dim;
+          double total = 0;
+          for (int64_t slot = 0; slot < shape.slots; ++slot) {
+            const int64_t age = ((position - slot) % shape.slots + shape.slots) % shape.slots;
+            if (age > position || age >= shape.window) continue;
+            double score = 0;
+            for (int64_t i = 0; i < head_dim; ++i) {
+              score += shape.scale * q[(token * shape.num_heads + h) * head_dim + i] *
+                       keys.Row(b * shape.slots + slot)[kv * head_dim + i];
+            }
+            total += std::exp(score);
+            for (int64_t i = 0; i < head_dim; ++i) {
+              wanted[i] += std::exp(score) * values.Row(b * shape.slots + slot)[kv * head_dim + i];
+            }
+          }
+          for (int64_t i = 0; i < head_dim; ++i) wanted[i] /= total;
+        }
+      }
+    }
+    return out;
+  }
+};
+
+// One token in an unfilled cache and one in a ring that has gone round; several, of ragged number, over the wrap; and an
+// idle sequence. In one call, in calls of some tokens, and one by one.
 void TestAttend(const Case& c) {
   const struct {
     int64_t heads, kv_heads, head_dim, slots, window;
   } shapes[] = {{4, 4, 64, 200, 1 << 20}, {6, 2, 128, 96, 96}, {4, 2, 10, 70, 33},
-                {7, 1, 128, 65, 65}, {10, 2, 64, 65, 65}, {6, 1, 64, 65, 65}};
+                {7, 1, 128, 65, 65}, {10, 2, 64, 65, 65}, {6, 1, 64, 65, 40}};
   for (Type type : {Type::kF32, Type::kBF16, Type::kF16}) {
     for (const auto& s : shapes) {
-      const int64_t batch = 2, row = s.kv_heads * s.head_dim;
-      Stored keys = c.random.Make(type, batch * s.slots, row), values = c.random.Make(type, batch * s.slots, row);
-      const std::vector<float> q = c.random.Vector(batch * s.heads * s.head_dim);
-      std::vector<float> k(batch * row), v(batch * row);  // values that every type holds exactly
-      for (float& value : k) value = c.random.Whole(-8, 8) / 4.0f;
-      for (float& value : v) value = c.random.Whole(-8, 8) / 4.0f;
-      const std::vector<int32_t> position = {5, static_cast<int32_t>(s.slots) + 31};
-      std::vector<float> out(q.size());
-      const float scale = 0.3f;
-      const Attention shape{batch, s.heads, s.kv_heads, s.head_dim, s.slots, type, s.window, scale};
-      Attend(c.context(), shape, q.data(), k.data(), v.data(), position.data(), keys.data.get(), values.data.get(),
-             out.data());
-      for (int64_t b = 0; b < batch; ++b) {
-        const int64_t now = position[b] % s.slots;
-        for (int64_t i = 0; i < row; ++i) {
-          keys.values[(b * s.slots + now) * row + i] = k[b * row + i];
-          values.values[(b * s.slots + now) * row + i] = v[b * row + i];
+      for (int64_t tokens : {1, 2, 40}) {
+        const bool wraps = tokens == 1 || s.window < s.slots;
+        const int32_t last = static_cast<int32_t>(wraps ? s.slots + 31 : s.slots - tokens);
+        const Attention shape{3, tokens, s.heads, s.kv_heads, s.head_dim, s.slots, type, s.window, 0.3f};
+        AttendCase f(c.random, shape, {5, last, 7}, {static_cast<int32_t>(tokens + 1) / 2, static_cast<int32_t>(tokens), 0});
+        const std::string what = c.name + " attend " + kTypeNames[static_cast<int>(type)] + " " +
+                                 std::to_string(s.slots) + " slots, " + std::to_string(tokens) + " tokens";
+        const size_t bytes = RowBytes(type, s.kv_heads * s.head_dim) * shape.batch * s.slots;
+        const std::vector<uint8_t> keys(f.keys.data.get(), f.keys.data.get() + bytes);
+        const std::vector<uint8_t> values(f.values.data.get(), f.values.data.get() + bytes);
+        const std::vector<float> found = f.Run(c.context(), tokens);
+        const std::vector<uint8_t> new_keys(f.keys.data.get(), f.keys.data.get() + bytes);
+        Expect(!std::memcmp(new_keys.data() + bytes / 3 * 2, keys.data() + bytes / 3 * 2, bytes / 3), what + ": idle rows");
+        for (int64_t at_once : {1, 7}) {
+          std::memcpy(f.keys.data.get(), keys.data(), bytes);
+          std::memcpy(f.values.data.get(), values.data(), bytes);
+          const std::vector<float> again = f.Run(c.context(), at_once);
+          Expect(!std::memcmp(again.data(), found.data(), found.size() * sizeof(float)), what + ": other bits by parts");
+          Expect(!std::memcmp(f.keys.data.get(), new_keys.data(), bytes), what + ": another cache by parts");
         }
-        for (int64_t h = 0; h < s.heads; ++h) {
-          const int64_t kv = h / (s.heads / s.kv_heads);
-          std::vector<double> wanted(s.head_dim);
-          double total = 0;
-          for (int64_t slot = 0; slot < s.slots; ++slot) {
-            const int64_t age = ((position[b] - slot) % s.slots + s.slots) % s.slots;
-            if (age > position[b] || age >= s.window) continue;
-            double score = 0;
-            for (int64_t i = 0; i < s.head_dim; ++i) {
-              score += scale * q[(b * s.heads + h) * s.head_dim + i] * keys.Row(b * s.slots + slot)[kv * s.head_dim + i];
-            }
-            total += std::exp(score);
-            for (int64_t i = 0; i < s.head_dim; ++i) {
-              wanted[i] += std::exp(score) * values.Row(b * s.slots + slot)[kv * s.head_dim + i];
-            }
-          }
-          for (double& value : wanted) value /= total;
-          const float* found = out.data() + (b * s.heads + h) * s.head_dim;
-          ExpectClose({found, found + s.head_dim}, wanted, 1e-5,
-                      c.name + " attend " + kTypeNames[static_cast<int>(type)] + " " + std::to_string(s.slots));
-        }
+        ExpectClose(found, f.Oracle(), 1e-5, what);
       }
     }
   }
@@ -409,11 +542,14 @@ std::vector<float> Everything(const Kernels& kernels, const Pool& pool) {
   std::vector<float> y(3 * 160), z(3 * 160), o(9 * 700);
   std::vector<int32_t> counts(6);
   const FfnSpec spec{Activation::kRelu, UpActivation::kLinear, false};
-  SparseFfn(context, f.x.data(), 3, f.ffn(spec), f.predictor(), spec, y.data(), counts.data());
+  SparseFfn(context, f.x.data(), 3, f.ffn(spec), f.predictor(), spec, kAll, y.data(), counts.data());
   DenseFfn(context, f.x.data(), 3, f.ffn(spec), spec, z.data());
   Linear(context, f.x.data(), 3, {f.gate.view, f.up.view, f.down_t.view}, {o.data(), o.data() + 2100, o.data() + 4200});
   y.insert(y.end(), z.begin(), z.end());
   y.insert(y.end(), o.begin(), o.end());
+  AttendCase a(random, {2, 3, 4, 2, 64, 300, Type::kBF16, 1 << 20, 0.3f}, {250, 100}, {3, 2});
+  const std::vector<float> attended = a.Run(context, 3);
+  y.insert(y.end(), attended.begin(), attended.end());
   return y;
 }
 
@@ -467,6 +603,8 @@ int main() {
     TestFloat16(c);
     TestLinear(c);
     TestFfn(c);
+    TestRoute(c);
+    TestCompany(c);
     TestAttend(c);
     TestThreads(**kernels);
     std::printf("%s: done\n", (*kernels)->name);

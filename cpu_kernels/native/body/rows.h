@@ -69,17 +69,15 @@ INLINE void Walk(const Cursor<kRows>& at, int64_t row_bytes, Sum& sum) {
   }
 }
 
-// Products of kRows rows with kNumX vectors.
+// Products of kRows rows with kNumX vectors. A row and a vector have one register of sums, to which their terms are added
+// in the row's order, however many rows and vectors there are: the result of a vector does not depend on its company.
 template <Type type, int kRows, int kNumX>
 struct DotSum {
   static constexpr int kParts = Packed<type>::kParts;
-  // Separate sums where there would be few, so that no addition waits for the one before.
-  static constexpr int kMost = kRows * kNumX > 4 ? 1 : kRows * kNumX > 1 ? 2 : 4;
-  static constexpr int kSets = kParts < kMost ? kParts : kMost;
 
   const float* x;
   int64_t ldx;
-  vf total[kSets][kRows][kNumX] = {};
+  vf total[kRows][kNumX] = {};
 
   INLINE DotSum(const float* x, int64_t ldx) : x(x), ldx(ldx) {}
 
@@ -93,7 +91,7 @@ struct DotSum {
       for (int r = 0; r < kRows; ++r) {
         const vf weight = Packed<type>::Part(from[r], part);
         UNROLL
-        for (int m = 0; m < kNumX; ++m) total[part % kSets][r][m] += weight * value[m];
+        for (int m = 0; m < kNumX; ++m) total[r][m] += weight * value[m];
       }
     }
     x += kGroup<type>;
@@ -103,11 +101,7 @@ struct DotSum {
   INLINE void Finish(int m, float (&sums)[kRows]) const {
     vf sum[kRows];
     UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      sum[r] = total[0][r][m];
-      UNROLL
-      for (int s = 1; s < kSets; ++s) sum[r] += total[s][r][m];
-    }
+    for (int r = 0; r < kRows; ++r) sum[r] = total[r][m];
     SumAll(sum, sums);
   }
 };
@@ -170,9 +164,7 @@ INLINE void DotTiles(const Matrix& w, const Rows& list, int64_t i, const float* 
 template <Type type>
 KERNEL void Dots(const Matrix& w, Rows list, const float* x, int64_t ldx, int64_t num_x, float* out, int64_t ldo) {
   int64_t i = 0;
-  // One row after another is one sequential stream, which memory likes best; scattered rows want several under way.
-  const bool stream = !list.list && !w.ahead && num_x == 1;
-  for (; !stream && i + kRowsAtOnce <= list.count; i += kRowsAtOnce) {
+  for (; i + kRowsAtOnce <= list.count; i += kRowsAtOnce) {
     DotTiles<type, kRowsAtOnce>(w, list, i, x, ldx, num_x, out, ldo);
   }
   for (; i < list.count; ++i) DotTiles<type, 1>(w, list, i, x, ldx, num_x, out, ldo);

@@ -62,17 +62,10 @@ void WeightedOf(const Matrix& w, Rows rows, const float* p, int64_t ldp, int64_t
 #undef CALL
 }
 
-void MultiplyRowsOf(const Matrix& w, Rows rows, const float* x, int64_t num_x, float* panel, float* out, int64_t ldo) {
+void AddColumnsOf(const Matrix& w, Rows rows, int64_t column, const float* h, int64_t ldh, int64_t num_x, float* panel,
+                  float* sums, int64_t lds) {
   const Type type = w.type;
-#define CALL(t) MultiplyRows<t>(w, rows, x, num_x, panel, out, ldo)
-  DISPATCH(CALL)
-#undef CALL
-}
-
-void MultiplyColumnsOf(const Matrix& w, int64_t column, const float* h, int64_t ldh, int64_t num_x, float* panel,
-                       float* out, int64_t ldo) {
-  const Type type = w.type;
-#define CALL(t) MultiplyColumns<t>(w, column, h, ldh, num_x, panel, out, ldo)
+#define CALL(t) AddColumns<t>(w, rows, column, h, ldh, num_x, panel, sums, lds)
   DISPATCH(CALL)
 #undef CALL
 }
@@ -92,6 +85,3 @@ void ScoresOf(const Matrix& w, Rows rows, const int16_t* features, float step, f
 }
 
 #undef DISPATCH
-
-constexpr int64_t kRowsPanel = kPanelRows * (kDepth + kPanelVectors);
-constexpr int64_t kColumnsPanel = (kDepth + kPanelVectors) * kColumns;

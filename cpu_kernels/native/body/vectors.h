@@ -29,18 +29,6 @@ INLINE void Store(void* p, const V& v) {
 
 INLINE vf Splat(float value) { return vf{} + value; }
 
-INLINE float Sum(const vf& v) {
-#if LANES == 16
-  return _mm512_reduce_add_ps((__m512)v);
-#elif LANES == 8
-  const __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-  const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
-#else
-  return (v[0] + v[2]) + (v[1] + v[3]);
-#endif
-}
-
 INLINE float Max(const vf& v) {
 #if LANES == 16
   return _mm512_reduce_max_ps((__m512)v);
@@ -54,7 +42,7 @@ INLINE float Max(const vf& v) {
 #endif
 }
 
-// sums[i] = Sum(v[i]), the four of them together.
+// sums[i] = the sum of v[i]'s lanes, the four of them together.
 INLINE void Sum4(const vf (&v)[4], float* sums) {
 #if defined(__x86_64__)
 #if LANES == 16
@@ -82,8 +70,16 @@ INLINE void Sum4(const vf (&v)[4], float* sums) {
 #endif
   _mm_storeu_ps(sums, all);
 #else
-  for (int i = 0; i < 4; ++i) sums[i] = Sum(v[i]);
+  for (int i = 0; i < 4; ++i) sums[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
 #endif
+}
+
+// The same of one, added in the same order.
+INLINE float Sum(const vf& v) {
+  const vf four[4] = {v, v, v, v};
+  float sums[4];
+  Sum4(four, sums);
+  return sums[0];
 }
 
 template <int kRows>
