@@ -28,9 +28,10 @@ from benchmarks.rotation import nbytes
 from benchmarks.shapes import SHAPES
 from jsparse.arrays import Matrix
 from jsparse.decoding.forward import Model
-from jsparse.decoding.loop import DecodeState, bucket, decode_chunk
+from jsparse.decoding.loop import bucket, initial_state, step_chunk
 from jsparse.decoding.sampling import Sampling
 from jsparse.executors.select import select_executor
+from jsparse.model.cache import LayerCache
 from jsparse.model.executor import Executor
 from jsparse.model.parameters import Parameter, make_weights, parameters
 from jsparse.model.weights import Weights
@@ -72,32 +73,22 @@ class JsparseDecoder:
         if point is not None:
             predictor = layer.predictor(point)
             self._predictors = tuple(jax.tree.map(random_models.copy, predictor) for _ in range(config.num_layers))
-        self._sampling = Sampling.create(config)
         self._counts = np.zeros(2)
 
     def run(self) -> float:
-        begin = jnp.full((1,), CONTEXT - TOKENS // 2, jnp.int32)
-        state = DecodeState(
-            caches=self._caches.pop(),
-            token=jnp.ones((1,), jnp.int32),
-            position=begin,
-            finished=jnp.zeros((1,), bool),
-            finite=jnp.ones((1,), bool),
-            keys=jax.random.split(jax.random.key(0), 1),
-        )
-        result = []
+        greedy = Sampling.create(self._model.config.vocab_size)
+        lengths = np.full(1, CONTEXT - TOKENS // 2 + 1, np.int32)
+        state = initial_state(lengths, np.full(1, TOKENS, np.int32), 0, greedy)
+        caches, result = self._caches.pop(), []
 
         def step():
-            result.extend(
-                decode_chunk(
-                    self._weights, self._predictors, state, self._sampling, jnp.int32(TOKENS), model=self._model
-                )
-            )
-            return result[1]
+            operands = self._weights, self._predictors, caches, state, jnp.int32(TOKENS)
+            result.extend(step_chunk(*operands, model=self._model))
+            return result[2]
 
         taken = seconds(step)
-        self._caches.append(result[0].caches)
-        self._counts = np.asarray(result[2]).sum(axis=0) / TOKENS
+        self._caches.append(result[0])
+        self._counts = np.asarray(result[4]).sum(axis=0) / TOKENS
         return taken / TOKENS
 
     def engine(self, name: str, dtype: str) -> Engine:
@@ -126,7 +117,7 @@ def jsparse_engines(config, weights, caches: list, layer, points, executor: Exec
 
 def cache_bytes(caches: tuple) -> float:
     """Of the slots that a token at the context reads."""
-    return nbytes(caches) / caches[0][0].shape[1] * CONTEXT
+    return nbytes(caches) / caches[0].num_slots * CONTEXT
 
 
 def elements(config: jsparse.ModelConfig, unread: Sequence[str] = ("embed",)) -> int:
@@ -143,7 +134,7 @@ def random_caches(config: jsparse.ModelConfig) -> tuple:
     """A KV cache filled past the context, in bfloat16."""
     shape = (1, bucket(CONTEXT + TOKENS), config.num_kv_heads, config.head_dim)
     side = jnp.asarray(np.random.default_rng(2).standard_normal(shape, np.float32), jnp.bfloat16)
-    return tuple((random_models.copy(side), random_models.copy(side)) for _ in range(config.num_layers))
+    return tuple(LayerCache(random_models.copy(side), random_models.copy(side)) for _ in range(config.num_layers))
 
 
 def main() -> None:

@@ -34,19 +34,26 @@ def dense_ffn(x: jax.Array, ffn: jax.Array, *, activation: str, up_activation: s
 
 
 def sparse_ffn(
-    x: jax.Array, ffn: jax.Array, predictor: jax.Array, *, activation: str, up_activation: str, parallel: bool
+    x: jax.Array,
+    ffn: jax.Array,
+    predictor: jax.Array,
+    route: jax.Array,
+    *,
+    activation: str,
+    up_activation: str,
+    parallel: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """The FFN (B, D) over the predicted neurons, and counts (B, 2), for the handles of both."""
+    """The FFN (B, D) over the predicted neurons, and counts (B, 2), for the handles of both; route is (B, E)."""
 
-    def host(x, ffn, predictor):
+    def host(x, ffn, predictor, route):
         matrices = held(ffn)
-        y, counts = ops().sparse_ffn(
-            _moved(x, matrices[0]), *matrices, *held(predictor), activation, up_activation, parallel
-        )
+        x, route = (_moved(array, matrices[0]) for array in (x, route))
+        operands = (x, *matrices, *held(predictor))
+        y, counts = ops().sparse_ffn(*operands, activation, up_activation, parallel, route=route)
         return y.cpu().numpy(), counts.cpu().numpy()
 
     out = jax.ShapeDtypeStruct(x.shape, jnp.float32), jax.ShapeDtypeStruct((x.shape[0], 2), jnp.int32)
-    return jax.pure_callback(host, out, x, ffn, predictor, vmap_method="sequential")
+    return jax.pure_callback(host, out, x, ffn, predictor, route, vmap_method="sequential")
 
 
 def _moved(x: Any, like):

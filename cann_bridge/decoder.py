@@ -30,7 +30,6 @@ class Spec:
       norm_eps: of every RMSNorm.
       embed_scale, residual_scale, logit_scale: factors of the embedding, of what a block adds, and of the last norm.
       window: positions a token sees, itself included; None for all.
-      context_length: a sequence ends there.
       eos_ids: tokens that end a sequence.
       activation, up_activation, parallel: of the FFN, as in `cann_bridge.ops`.
     """
@@ -44,7 +43,6 @@ class Spec:
     residual_scale: float
     logit_scale: float
     window: int | None
-    context_length: int
     eos_ids: tuple[int, ...]
     activation: str
     up_activation: str
@@ -108,19 +106,26 @@ class Decoder:
         }
 
     def begin(
-        self, caches: Sequence[tuple[jax.Array, jax.Array]], token: Any, position: Any, finished: Any, chunk: int
+        self,
+        caches: Sequence[tuple[jax.Array, jax.Array]],
+        token: Any,
+        position: Any,
+        end: Any,
+        finished: Any,
+        chunk: int,
     ) -> None:
         """Take over from a prefill.
 
         Args:
           caches: keys and values (B, S, K, H) per layer; slot s holds the newest position p with p % S == s.
-          token: (B,) the newest token, not yet fed; position: (B,) its position; finished: (B,) sequences that ended.
+          token: (B,) the newest token, not yet fed; position: (B,) its position; end: (B,) the position at which a
+            sequence ends; finished: (B,) sequences that have.
           chunk: most steps of `greedy`.
         """
         torch, device = self._torch, self._device
         self._caches = [[self._cache(side) for side in pair] for pair in caches]
-        self._token, self._position = (
-            torch.from_numpy(np.array(value, np.int64)).to(device) for value in (token, position)
+        self._token, self._position, self._end = (
+            torch.from_numpy(np.array(value, np.int64)).to(device) for value in (token, position, end)
         )
         self._finished = torch.from_numpy(np.array(finished, bool)).to(device)
         batch = self._token.shape[0]
@@ -244,7 +249,7 @@ class Decoder:
         self._token.copy_(chosen)
         self._position.add_(1)
         self._index.add_(1)
-        ended = (chosen[:, None] == self._eos[None]).any(dim=1) | (self._position + 1 >= self._spec.context_length)
+        ended = (chosen[:, None] == self._eos[None]).any(dim=1) | (self._position >= self._end)
         self._finished.logical_or_(ended)
 
     def _capture(self) -> None:
@@ -291,13 +296,13 @@ class Decoder:
         return x * self._torch.rsqrt((x * x).mean(dim=1, keepdim=True) + self._spec.norm_eps) * scale
 
     def _ffn(self, x: Any, layer: dict[str, Any], rows: int) -> tuple[Any, Any]:
-        spec = self._spec
+        torch, spec = self._torch, self._spec
         if layer["predictor"] is None:
             y = ops().dense_ffn(x, *layer["ffn"], spec.activation, spec.up_activation)
             return y, self._nothing
-        return ops().sparse_ffn(
-            x, *layer["ffn"], *layer["predictor"], spec.activation, spec.up_activation, spec.parallel, rows
-        )
+        route = (~self._finished).to(torch.float32)[:, None]  # what has ended reads no rows
+        operands = (x, *layer["ffn"], *layer["predictor"], spec.activation, spec.up_activation, spec.parallel)
+        return ops().sparse_ffn(*operands, rows, route)
 
     def _attention(self, x: Any, layer: dict[str, Any], cache: list[Any], rotation: tuple[Any, Any]):
         torch, spec = self._torch, self._spec

@@ -67,6 +67,12 @@ def take_rows(matrix: Matrix, indices: jax.Array, columns: int) -> jax.Array:
     return _call("take_rows", out)(indices.astype(jnp.int32), *_flatten([matrix]))
 
 
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x (B, D) over the root of its mean square plus eps, times scale (D,)."""
+    out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return _call("rms_norm", out)(_float32(x), _float32(scale), eps=np.float32(eps))
+
+
 def linear(x: jax.Array, *weights: Matrix) -> tuple[jax.Array, ...]:
     """x (B, D) times the transpose of each matrix (out, D): one (B, out) per matrix, in one pass over the threads."""
     outs = [jax.ShapeDtypeStruct((x.shape[0], _rows(weight)), jnp.float32) for weight in weights]

@@ -93,6 +93,7 @@ def sparse_ffn(
     activation: str = "relu",
     up_activation: str = "linear",
     parallel: bool = False,
+    route: jax.Array | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The FFN over the neurons j with (b a x + bias)_j > 0, and no row of another neuron read.
@@ -104,6 +105,8 @@ def sparse_ffn(
       a, b, bias: (R, D), (F, R), (F,); the predictor.
       activation, up_activation: as in `dense_ffn`; silu has no zeros and is refused.
       parallel: read gate and up of all predicted neurons; otherwise up of those that survive the gate alone.
+      route: (B, E), what scales the hidden values of each token's neurons, which are E groups of F / E; where it is
+        zero a group is neither scored nor read. None for ones.
       tiles: sizes; None for those of the GPU, shape and dtype.
 
     Returns:
@@ -113,12 +116,23 @@ def sparse_ffn(
       ValueError: a matrix has the wrong shape or dtype, or the activation has no zeros.
     """
     phi, psi = _functions(activation, up_activation)
-    _check(x, gate, up, down_t, threshold, a, b, bias, activation)
+    _check(x, gate, up, down_t, threshold, a, b, bias, activation, route)
     if tiles is None:
         tiles = choose(*values_of(gate).shape, str(values_of(gate).dtype))
     x = x.astype(jnp.float32)
     survivors, hidden, counts = kernels.predict_gate_up(
-        x, products.linear(x, a), b, bias, gate, up, threshold, phi=phi, psi=psi, parallel=parallel, tiles=tiles
+        x,
+        products.linear(x, a),
+        b,
+        bias,
+        gate,
+        up,
+        threshold,
+        route,
+        phi=phi,
+        psi=psi,
+        parallel=parallel,
+        tiles=tiles,
     )
     partial, totals = kernels.down(survivors, hidden, counts, down_t, tiles=tiles)
     return jnp.sum(partial, axis=1), totals
@@ -136,7 +150,7 @@ def _functions(activation: str, up_activation: str) -> tuple[Callable, Callable]
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def _check(x, gate, up, down_t, threshold, a, b, bias, activation: str) -> None:
+def _check(x, gate, up, down_t, threshold, a, b, bias, activation: str, route) -> None:
     if x.ndim != 2 or bias.ndim != 1 or 0 in x.shape or 0 in bias.shape:
         raise ValueError(f"x and bias have shapes {x.shape} and {bias.shape}; they must be (B, D) and (F,), not empty")
     problems = []
@@ -145,6 +159,8 @@ def _check(x, gate, up, down_t, threshold, a, b, bias, activation: str) -> None:
     width, (num_neurons,), rank = x.shape[1], bias.shape, values_of(a).shape[0]
     if threshold.shape != bias.shape:
         problems.append(f"threshold has shape {threshold.shape}, bias {bias.shape}; they must be the same")
+    if route is not None and (route.ndim != 2 or len(route) != len(x) or num_neurons % max(route.shape[1], 1)):
+        problems.append(f"route has shape {route.shape}, which is no group of {num_neurons} neurons of {len(x)} tokens")
     neurons = (num_neurons, width)
     wanted = {"gate": (gate, neurons), "up": (up, neurons), "down_t": (down_t, neurons)}
     wanted |= {"a": (a, (rank, width)), "b": (b, (num_neurons, rank))}

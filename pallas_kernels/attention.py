@@ -20,37 +20,44 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    position: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
     keys: jax.Array,
     values: jax.Array,
     *,
     window: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The attended values (B, N, H) float32, and the caches with the token in them, in place where they are donated.
+    """The attended values (B, 1, N, H) float32, and the caches with the token in them, in place where they are donated.
 
     Args:
-      q: (B, N, H) queries, rotated.
-      k, v: (B, K, H), key and value of the same token; N is a multiple of K.
-      position: (B,) int32.
+      q: (B, 1, N, H) queries, rotated.
+      k, v: (B, 1, K, H), key and value of the same token; N is a multiple of K.
+      start: (B,) int32, the token's position.
+      count: (B,) int32, 1, or 0 where there is no token: nothing is written then, and zeros come out.
       keys, values: (B, S, K, H); slot s holds the newest position p with p % S == s.
       window: positions a token sees, itself included; None for all.
+
+    Raises:
+      ValueError: there are more tokens than one.
     """
-    batch, num_heads, head_dim = q.shape
+    if q.shape[1] != 1:
+        raise ValueError(f"q has {q.shape[1]} tokens a sequence; the kernel takes one")
+    batch, _, num_heads, head_dim = q.shape
     num_slots, num_kv_heads = keys.shape[1:3]
     group = num_heads // num_kv_heads
     size = next((n for n in _SLOTS if batch * num_kv_heads * -(-num_slots // n) >= _PROGRAMS), _SLOTS[-1])
     splits = -(-num_slots // size)
     padded = 1 << (head_dim - 1).bit_length()
 
-    def body(q_ref, k_ref, v_ref, position_ref, old_keys, old_values, *outputs):
+    def body(q_ref, k_ref, v_ref, start_ref, count_ref, old_keys, old_values, *outputs):
         keys_ref, values_ref, partial_ref, largest_ref, total_ref = outputs
         split, head, token = program_id(0), program_id(1), program_id(2)
-        now = position_ref[token]
+        now, exists = start_ref[token], count_ref[token] > 0
         newest = now % num_slots
         slots = split * size + jnp.arange(size)
         age = newest - slots
         age = jnp.where(age < 0, age + num_slots, age)
-        visible = (slots < num_slots) & (age <= now)
+        visible = exists & (slots < num_slots) & (age <= now)
         if window is not None:
             visible &= age < window
         dims = jnp.arange(padded)
@@ -72,7 +79,7 @@ def attend(
             largest_ref[token, head * group + n, split] = largest
             total_ref[token, head * group + n, split] = jnp.sum(weights)
 
-        @when(newest // size == split)
+        @when(exists & (newest // size == split))
         def _():
             for new_ref, cache in ((k_ref, keys_ref), (v_ref, values_ref)):
                 for start, length in _powers_of_two(head_dim):
@@ -81,8 +88,8 @@ def attend(
 
     keys, values, partial, largest, total = call(
         body,
-        *(array.astype(jnp.float32) for array in (q, k, v)),
-        position.astype(jnp.int32),
+        *(array[:, 0].astype(jnp.float32) for array in (q, k, v)),
+        *(array.astype(jnp.int32) for array in (start, count)),
         keys,
         values,
         name="attend",
@@ -92,10 +99,11 @@ def attend(
             jax.ShapeDtypeStruct((batch, num_heads, splits, padded), jnp.float32),
             *[jax.ShapeDtypeStruct((batch, num_heads, splits), jnp.float32)] * 2,
         ],
-        aliases={4: 0, 5: 1},
+        aliases={5: 0, 6: 1},
         warps=size // 8,
     )
-    return _combine(partial, largest, total)[:, :, :head_dim], keys, values
+    out = _combine(partial, largest, total)[:, :, :head_dim]
+    return jnp.where((count > 0)[:, None, None], out, 0)[:, None], keys, values
 
 
 def _combine(partial: jax.Array, largest: jax.Array, total: jax.Array) -> jax.Array:

@@ -38,6 +38,7 @@ def predict_gate_up(
     gate: Matrix,
     up: Matrix | None,
     threshold: jax.Array,
+    route: jax.Array | None,
     *,
     phi: Callable,
     psi: Callable,
@@ -52,6 +53,8 @@ def predict_gate_up(
       b, bias: (F, R), (F,) float32.
       gate, up: (F, D); up may be None.
       threshold: (F,) float32.
+      route: (B, E), factors of the hidden values of E groups of F / E neurons, or None; where it is zero a group is
+        neither scored nor read.
       phi: of a gate value and its neuron's threshold, zero for a neuron that does not survive; psi: of up.
       parallel: read up's rows beside gate's, not only those of neurons that survive the gate.
 
@@ -73,10 +76,14 @@ def predict_gate_up(
         b_ref, bias_ref, gate_ref = _take(b, refs), next(refs), _take(gate, refs)
         up_ref = None if up is None else _take(up, refs)
         threshold_ref = next(refs)
+        route_ref = None if route is None else next(refs)
         survivors_ref, hidden_ref, counts_ref = refs
         block, token = program_id(0), program_id(1)
         neurons = block * size + jnp.arange(size)
         exists = neurons < num_neurons
+        if route is not None:
+            group_size = num_neurons // route.shape[1]
+            exists &= load(route_ref, token, neurons // group_size, mask=exists) != 0
 
         scores = 0.0
         for cols, inside in _chunks(stored_columns, min(_PREDICTOR_COLUMNS, _power_of_two(stored_columns))):
@@ -104,6 +111,8 @@ def predict_gate_up(
             chosen = predicted[:, None] & (place[:, None] == slots[None])
             rows = jnp.sum(jnp.where(chosen, neurons[:, None], 0), axis=0)
             hidden = phi(dot(gate_ref, rows, wanted), load(threshold_ref, rows, mask=wanted))
+            if route is not None:
+                hidden = hidden * load(route_ref, token, rows // group_size, mask=wanted)
             survives = wanted & (hidden != 0)
             if up_ref is not None:
                 hidden = hidden * psi(dot(up_ref, rows, wanted if parallel else survives))
@@ -130,6 +139,7 @@ def predict_gate_up(
         *_arrays(gate),
         *(() if up is None else _arrays(up)),
         threshold,
+        *(() if route is None else (route.astype(jnp.float32),)),
         name="predict_gate_up",
         grid=(blocks, batch),
         out_shape=[

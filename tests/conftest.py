@@ -34,6 +34,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jsparse
+from jsparse.executors.xla import Xla
+from jsparse.model.cache import make_caches
+from jsparse.model.decoder import Decoder
+from jsparse.model.layers import apply
 from jsparse.model.parameters import Parameter, make_weights
 
 
@@ -79,6 +83,21 @@ def random_params(config: jsparse.ModelConfig, seed: int = 2) -> jsparse.Params:
         return jnp.asarray(rng.standard_normal(entry.shape, np.float32) * np.float32(deviation))
 
     return jsparse.Params(config, make_weights(config, leaf))
+
+
+def run_decoder(params: jsparse.Params, ids: np.ndarray, feed_forward=None, count=None):
+    """Logits (B, T, V) of whole sequences, and what `feed_forward` returns beside y, over caches of float32."""
+    config, batch, length = params.config, *ids.shape
+
+    def dense(layer, x, ffn):
+        return Xla().dense_ffn(x, ffn, config.ffn_spec()), None
+
+    caches = make_caches(config, batch, length, "float32")
+    start, count = jnp.zeros(batch, jnp.int32), jnp.full(batch, length if count is None else count, jnp.int32)
+    tokens = jnp.asarray(ids, jnp.int32)
+    decoder = Decoder(config, Xla())
+    logits, _, extras = apply(decoder, params.weights, tokens, start, count, feed_forward or dense, caches)
+    return logits, extras
 
 
 _MOST_MAPPINGS = 20_000

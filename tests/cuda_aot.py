@@ -22,14 +22,16 @@ os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMP} --xla_dump_emitter_re=.* --xla_
 # ruff: noqa: E402  JAX reads the environment when it is imported
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 
 import pallas_kernels
 from jsparse.arrays import QuantizedRows
 from jsparse.decoding.forward import Model
-from jsparse.decoding.loop import DecodeState, decode_chunk
+from jsparse.decoding.loop import initial_state, step_chunk
 from jsparse.decoding.sampling import Sampling
 from jsparse.executors.kernels import KernelExecutor, activations
+from jsparse.model.cache import LayerCache
 from jsparse.model.config import PRESETS
 from jsparse.model.ffn import KINDS
 from jsparse.model.parameters import make_weights
@@ -152,9 +154,9 @@ def attention(window: int | None):
 
 
 def attention_operands(batch: int, heads: int, kv_heads: int, head_dim: int, struct) -> list:
-    new = [struct(batch, n, head_dim, dtype="float32") for n in (heads, kv_heads, kv_heads)]
+    new = [struct(batch, 1, n, head_dim, dtype="float32") for n in (heads, kv_heads, kv_heads)]
     cache = [struct(batch, 1536, kv_heads, head_dim, dtype="bfloat16")] * 2
-    return [*new, struct(batch, dtype="int32"), *cache]
+    return [*new, *[struct(batch, dtype="int32")] * 2, *cache]
 
 
 def count_kernels(shape: str, layers: int, mesh, struct) -> int:
@@ -169,24 +171,20 @@ def count_kernels(shape: str, layers: int, mesh, struct) -> int:
         return struct(*shape.shape, dtype="bfloat16" if len(shape.shape) == 2 else "float32")
 
     side = struct(1, 1536, config.num_kv_heads, config.head_dim, dtype="bfloat16")
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-    state = DecodeState(
-        ((side, side),) * layers,
-        *(struct(1, dtype=dtype) for dtype in ("int32", "int32", "bool", "bool")),
-        struct(*keys.shape, dtype=keys.dtype),
-    )
+    one = np.ones(1, np.int32)
+    state = jax.eval_shape(lambda: initial_state(one, one, 0, Sampling.create(config.vocab_size)))
+    state = jax.tree.map(lambda a: struct(*a.shape, dtype=a.dtype), state)
     predictor = Predictor(int4(rank, width), int4(neurons, rank), struct(neurons, dtype="float32"))
-    sampling = jax.tree.map(lambda a: struct(*a.shape, dtype=a.dtype), Sampling.create(config))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        decode_chunk.lower(
+        step_chunk.lower(
             jax.tree.map(weight, jax.eval_shape(lambda: make_weights(config, lambda _, entry: jnp.zeros(entry.shape)))),
             (predictor,) * layers,
+            (LayerCache(side, side),) * layers,
             state,
-            sampling,
             struct(dtype="int32"),
             model=Model(config, KernelExecutor("cuda"), config.ffn_spec()),
         ).compile()
-    (path,) = DUMP.glob("*decode_chunk*.thunk_sequence.txt")
+    (path,) = DUMP.glob("*step_chunk*.thunk_sequence.txt")
     body = path.read_text().partition("body:")[2]
     path.unlink()
     return len(re.findall(r"^ *\d+: k", body, re.MULTILINE))

@@ -11,6 +11,7 @@ import pytest
 
 from jsparse.arrays import QuantizedRows, quantize_rows
 from jsparse.executors.npu import Npu
+from jsparse.model.cache import SPARE_SLOTS, LayerCache
 from jsparse.model.ffn import KINDS, FFNSpec
 from jsparse.model.weights import FFNWeights, Linear, Predictor
 
@@ -48,8 +49,8 @@ def storage_of(matrix) -> str:
 
 
 @partial(jax.jit, static_argnames=("executor", "spec"))
-def _sparse_ffn(x, ffn, predictor, *, executor, spec):
-    return executor.sparse_ffn(x, ffn, predictor, spec)
+def _sparse_ffn(x, ffn, predictor, route, *, executor, spec):
+    return executor.sparse_ffn(x, ffn, predictor, spec, route)
 
 
 @partial(jax.jit, static_argnames=("executor", "spec"))
@@ -63,15 +64,15 @@ def _project(x, linears, *, executor):
 
 
 @partial(jax.jit, static_argnames=("executor", "window"))
-def _attend(q, k, v, position, cache, *, executor, window):
-    return executor.attend(q, k, v, position, cache, window)
+def _attend(q, k, v, start, count, cache, *, executor, window):
+    return executor.attend(q, k, v, start, count, cache, window)
 
 
-def sparse_ffn(executor, x, ffn, predictor, spec):
+def sparse_ffn(executor, x, ffn, predictor, spec, route=None):
     """The executor's, by one program for all operands of the same shapes."""
     if isinstance(executor, Npu):
         ffn, predictor = executor.place_ffn(ffn), executor.place_predictor(predictor)
-    return _sparse_ffn(x, ffn, predictor, executor=executor, spec=spec)
+    return _sparse_ffn(x, ffn, predictor, route, executor=executor, spec=spec)
 
 
 def problem(
@@ -203,26 +204,61 @@ class ExecutorSuite:
         [(4, 4, 64, 200, None), (6, 2, 128, 96, 96), (4, 2, 10, 70, 33), (7, 1, 128, 300, None), (12, 2, 64, 70, None)],
     )
     def test_attend(self, executor, dtype, heads, kv_heads, head_dim, slots, window):
-        """A token in an unfilled cache, and one in a ring buffer that has gone round."""
-        keys = jax.random.split(jax.random.key(0), 5)
-        q = jax.random.normal(keys[0], (2, heads, head_dim))
-        k, v = (jax.random.normal(key, (2, kv_heads, head_dim)).astype(dtype).astype(jnp.float32) for key in keys[1:3])
-        cache = tuple(jax.random.normal(key, (2, slots, kv_heads, head_dim)).astype(dtype) for key in keys[3:])
-        position = jnp.asarray([5, slots + 31], jnp.int32)
-        out, new_cache = _attend(q, k, v, position, cache, executor=executor, window=window)
-        expected, expected_cache = oracle.attend(q, k, v, position, cache, window)
-        np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE)
-        for side, wanted in zip(new_cache, expected_cache):
+        """A token in an unfilled cache, one in a ring buffer that has gone round, and an idle sequence."""
+        start, count = jnp.asarray([5, slots + 31, 7], jnp.int32), jnp.asarray([1, 1, 0], jnp.int32)
+        self.check_attend(executor, dtype, (heads, kv_heads, head_dim, slots, window), start, count, 1)
+
+    @pytest.mark.parametrize("tokens", [2, 40])
+    def test_attend_takes_several_tokens(self, executor, tokens):
+        """Of ragged number, from any start, over the wrap of a ring."""
+        start, count = jnp.asarray([0, 60, 7], jnp.int32), jnp.asarray([tokens, tokens - 1, 0], jnp.int32)
+        self.check_attend(executor, "bfloat16", (4, 2, 16, 20 + SPARE_SLOTS, 20), start, count, tokens)
+        self.check_attend(executor, "float32", (4, 4, 10, 110, None), start, count, tokens)
+
+    def check_attend(self, executor, dtype, shape, start, count, tokens):
+        heads, kv_heads, head_dim, slots, window = shape
+        keys, batch = jax.random.split(jax.random.key(0), 5), len(start)
+        q = jax.random.normal(keys[0], (batch, tokens, heads, head_dim))
+        new = (batch, tokens, kv_heads, head_dim)
+        k, v = (jax.random.normal(key, new).astype(dtype).astype(jnp.float32) for key in keys[1:3])
+        old = (batch, slots, kv_heads, head_dim)
+        cache = LayerCache(*(jax.random.normal(key, old).astype(dtype) for key in keys[3:]))
+        out, new_cache = _attend(q, k, v, start, count, cache, executor=executor, window=window)
+        expected, *sides = oracle.attend(q, k, v, start, count, cache, window)
+        for row, exists in enumerate(np.asarray(count)):
+            np.testing.assert_allclose(out[row, :exists], expected[row, :exists], rtol=0, atol=TOLERANCE)
+        for side, wanted in zip((new_cache.keys, new_cache.values), sides):
             assert side.dtype == dtype
             np.testing.assert_array_equal(np.asarray(side, np.float64), wanted)
 
     def test_a_damaged_key_does_not_hide(self, executor):
         """NaN at the newest position, alone in its block of 64 slots, comes out as NaN."""
-        cache = tuple(jnp.zeros((1, 128, 2, 64), jnp.bfloat16) for _ in range(2))
-        ones = jnp.ones((1, 2, 64))
-        position = jnp.array([64], jnp.int32)
-        out, _ = _attend(ones, jnp.nan * ones, ones, position, cache, executor=executor, window=None)
+        cache = LayerCache(*(jnp.zeros((1, 128, 2, 64), jnp.bfloat16) for _ in range(2)))
+        ones = jnp.ones((1, 1, 2, 64))
+        start, count = jnp.array([64], jnp.int32), jnp.array([1], jnp.int32)
+        out, _ = _attend(ones, jnp.nan * ones, ones, start, count, cache, executor=executor, window=None)
         assert np.isnan(np.asarray(out)).all()
+
+    def test_norm(self, executor):
+        x, scale = jax.random.normal(jax.random.key(0), (2, 3, 37)), jnp.linspace(-1, 2, 37)
+        found = executor.norm(x, scale, 1e-2)
+        exact = np.asarray(x, np.float64)
+        expected = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-2) * np.asarray(scale, np.float64)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("pipeline", ["sequential", "parallel"])
+    def test_route_scales_groups_of_neurons_and_leaves_out_those_of_factor_zero(self, executor, pipeline):
+        """Of three tokens one is idle; the gate rows of the group that no token takes hold NaN."""
+        spec = dataclasses.replace(KINDS["reglu"], pipeline=pipeline)
+        x, ffn, predictor = problem(bits=4)
+        route = jnp.asarray([[1.0, 0, 0.5], [0, 0, 0], [0, 0, 2]])
+        left_out = (jnp.arange(300) // 100 == 1)[:, None]
+        broken = dataclasses.replace(ffn, gate=jnp.where(left_out, jnp.nan, ffn.gate))
+        y, counts = sparse_ffn(executor, x, broken, predictor, spec, route)
+        expected, expected_counts = oracle.ffn(x, ffn, predictor, spec, route)
+        np.testing.assert_array_equal(counts, expected_counts)
+        np.testing.assert_array_equal(counts[1], [0, 0])
+        np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
     def test_sparse_ffn_reads_no_row_that_is_not_predicted(self, executor):
         """Rows of neurons that are not predicted hold NaN: one that is read, or a masked dense product, would show."""

@@ -3,6 +3,7 @@
 import numpy as np
 
 from jsparse.arrays import QuantizedRows
+from jsparse.model.cache import LayerCache
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.weights import FFNWeights, Predictor
 
@@ -27,8 +28,13 @@ ACTIVATIONS = {
 }
 
 
-def ffn(x, weights: FFNWeights, predictor: Predictor | None, spec: FFNSpec) -> tuple[np.ndarray, np.ndarray]:
-    """y (B, D) and counts (B, 2) over the predicted neurons, or over all of them without a predictor."""
+def ffn(
+    x, weights: FFNWeights, predictor: Predictor | None, spec: FFNSpec, route=None
+) -> tuple[np.ndarray, np.ndarray]:
+    """y (B, D) and counts (B, 2) over the predicted neurons, or over all of them without a predictor.
+
+    Route (B, E) scales the hidden values of E groups of neurons, and leaves out those where it is zero.
+    """
     x = np.asarray(x, np.float64)
     hidden = ACTIVATIONS[spec.activation](x @ matrix(weights.gate).T, np.asarray(weights.threshold, np.float64))
     if spec.up is not None:
@@ -38,26 +44,30 @@ def ffn(x, weights: FFNWeights, predictor: Predictor | None, spec: FFNSpec) -> t
     if predictor is not None:
         scores = x @ matrix(predictor.a).T @ matrix(predictor.b).T + np.asarray(predictor.bias, np.float64)
         predicted = scores > 0
+    if route is not None:
+        factors = np.repeat(np.asarray(route, np.float64), hidden.shape[1] // route.shape[1], axis=1)
+        hidden, predicted = hidden * factors, predicted & (factors != 0)
     hidden = hidden * predicted
     return hidden @ matrix(weights.down_t), np.stack([predicted.sum(1), (hidden != 0).sum(1)], axis=1)
 
 
-def attend(q, k, v, position, cache, window: int | None) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Attention of one token per sequence over its ring-buffer cache, and the cache with that token in it."""
-    q, k, v, keys, values = (np.array(array, np.float64) for array in (q, k, v, *cache))
-    batch, slots, kv_heads, head_dim = keys.shape
+def attend(q, k, v, start, count, cache: LayerCache, window: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Attention token by token over ring-buffer caches, zeros for tokens that do not exist; then keys and values."""
+    q, k, v, keys, values = (np.array(array, np.float64) for array in (q, k, v, cache.keys, cache.values))
+    batch, slots, _, head_dim = keys.shape
     out = np.zeros(q.shape)
     for b in range(batch):
-        now = int(position[b])
-        keys[b, now % slots], values[b, now % slots] = k[b], v[b]
-        oldest = max(0, now - min(slots, window or slots) + 1)
-        seen = [p % slots for p in range(oldest, now + 1)]
-        for head in range(q.shape[1]):
-            kv = head // (q.shape[1] // kv_heads)
-            scores = keys[b, seen, kv] @ q[b, head] / np.sqrt(head_dim)
-            weights = np.exp(scores - scores.max())
-            out[b, head] = weights / weights.sum() @ values[b, seen, kv]
-    return out, (keys, values)
+        for t in range(int(count[b])):
+            now = int(start[b]) + t
+            keys[b, now % slots], values[b, now % slots] = k[b, t], v[b, t]
+            oldest = max(0, now - min(slots, window or slots) + 1)
+            seen = [p % slots for p in range(oldest, now + 1)]
+            for head in range(q.shape[2]):
+                kv = head // (q.shape[2] // k.shape[2])
+                scores = keys[b, seen, kv] @ q[b, t, head] / np.sqrt(head_dim)
+                weights = np.exp(scores - scores.max())
+                out[b, t, head] = weights / weights.sum() @ values[b, seen, kv]
+    return out, keys, values
 
 
 def calibrate_bias(

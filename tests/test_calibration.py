@@ -15,15 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import TINY, random_params
+from conftest import TINY, random_params, run_decoder
 from test_generation import byte_tokenizer
 
 import jsparse
 from jsparse.arrays import QuantizedRows
 from jsparse.cli import calibrate
 from jsparse.executors.xla import Xla
-from jsparse.model.decoder import Decoder
-from jsparse.model.layers import apply
 from jsparse.model.weights import Linear
 from jsparse.predictors import state as calibration_state
 from jsparse.predictors.fit import CalibrationOptions, fit_layers, make_rows
@@ -64,9 +62,7 @@ def ffn_inputs(params: jsparse.Params, rows: np.ndarray) -> list[np.ndarray]:
     def feed_forward(layer, x, ffn):
         return Xla().dense_ffn(x, ffn, spec), x
 
-    second = jnp.asarray(rows[len(rows) // 2 :])
-    positions = jnp.arange(rows.shape[1])[None]
-    _, _, inputs = apply(Decoder(params.config, Xla()), params.weights, second, positions, feed_forward)
+    _, inputs = run_decoder(params, rows[len(rows) // 2 :], feed_forward)
     return [np.asarray(x)[:, 1:].reshape(-1, params.config.hidden_size) for x in inputs]
 
 

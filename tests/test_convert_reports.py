@@ -8,21 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 from checkpoints import ROWS, random_tensors, row, write
+from conftest import run_decoder
 
 import jsparse
 from convert import ConversionError, from_huggingface, to_huggingface
 from convert.__main__ import main as convert_main
 from convert.config import read_config
 from convert.config_writer import write_config
-from jsparse.executors.xla import Xla
-from jsparse.model.decoder import Decoder
-from jsparse.model.layers import apply
 
 MISTRAL = ROWS["dense-mistral"] | {"sliding_window": 3}
 QWEN2 = ROWS["dense-qwen2"]
@@ -31,12 +28,7 @@ IDS = np.random.default_rng(0).integers(0, 64, (1, 24))
 
 
 def logits(params: jsparse.Params) -> np.ndarray:
-    spec = params.config.ffn_spec()
-    decoder = Decoder(params.config, Xla())
-    ids, positions = jnp.asarray(IDS, jnp.int32), jnp.arange(IDS.shape[1])[None]
-    return np.asarray(
-        apply(decoder, params.weights, ids, positions, lambda layer, x, ffn: (Xla().dense_ffn(x, ffn, spec), None))[0]
-    )
+    return np.asarray(run_decoder(params, IDS)[0])
 
 
 def transformers_logits(directory: Path) -> np.ndarray:

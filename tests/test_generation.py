@@ -11,18 +11,15 @@ import oracle
 import pytest
 import torch
 from checkpoints import ROWS
-from conftest import TINY, predict_all, random_params
+from conftest import TINY, predict_all, random_params, run_decoder
 from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import jsparse
 from convert import from_huggingface
-from jsparse.decoding.loop import decode_chunk, prefill
-from jsparse.decoding.sampling import sample
-from jsparse.executors.xla import Xla
-from jsparse.model.decoder import Decoder
-from jsparse.model.layers import apply
+from jsparse.decoding.loop import initial_state, prefill_chunk, step_chunk
+from jsparse.decoding.sampling import Sampling, choose, process_logits
 from jsparse.model.weights import Linear, Predictor
 from jsparse.text.tokenizer import Tokenizer
 
@@ -134,10 +131,8 @@ def naive(params: jsparse.Params, prompt: np.ndarray, steps: int) -> tuple[np.nd
             y, found = restricted(x[0], ffn, predictor, (at >= len(prompt)) & (at < position))
             return y[None], found
 
-        decoder = Decoder(config, Xla())
-        last = position[None] - 1
-        logits, _, found = apply(decoder, params.weights, tokens[None], at[None], feed_forward, last=last)
-        return jnp.argmax(logits[0]), jnp.stack(found)
+        logits, found = run_decoder(params, tokens[None], feed_forward, count=position)
+        return jnp.argmax(logits[0, position - 1]), jnp.stack(found)
 
     for position in range(len(prompt), len(prompt) + steps):
         tokens[position], counts = next_token(tokens.copy(), np.int32(position))
@@ -268,7 +263,7 @@ LOGITS = np.array([1.0, 3.0, -1.0, 2.5, 0.0, 2.0])
 
 
 def truncated(temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """The distribution `sample` promises, token by token."""
+    """The distribution `process_logits` promises, token by token."""
     order = np.argsort(-LOGITS)
     kept = order[:top_k]
     weights = np.exp(LOGITS[kept] / temperature)
@@ -281,17 +276,49 @@ def truncated(temperature: float, top_k: int, top_p: float) -> np.ndarray:
     return result
 
 
+def sampling_state(batch: int, *sampling, seed: int = 0):
+    ones = np.ones(batch, np.int32)
+    return initial_state(ones, ones, seed, Sampling(*sampling))
+
+
+def test_ties_keep_the_lowest_ids():
+    state = sampling_state(1, 1.0, 2, 1.0)
+    shaped = process_logits(jnp.zeros((1, 1, 5)), state)
+    np.testing.assert_array_equal(np.isfinite(shaped[0, 0]), [True, True, False, False, False])
+
+
+def test_a_draw_belongs_to_its_sequence_and_position_alone():
+    """Whatever stands beside it: other sequences, other positions, a greedy neighbour."""
+    state = sampling_state(3, 2.0, 500, 0.99, seed=3)
+    logits = jax.random.normal(jax.random.key(0), (3, 8, 500))
+    positions = jnp.arange(8) + jnp.asarray([[0], [5], [900]])
+    draw = jax.jit(choose)
+    together = np.asarray(draw(logits, positions, state))
+    assert len(set(together.reshape(-1).tolist())) > 12
+    mixed = dataclasses.replace(state, temperature=state.temperature.at[1].set(0))
+    beside_greedy = np.asarray(draw(logits, positions, mixed))
+    np.testing.assert_array_equal(beside_greedy[1], np.argmax(logits[1], axis=-1))
+    np.testing.assert_array_equal(beside_greedy[[0, 2]], together[[0, 2]])
+    for row in range(3):
+        one = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], state)
+        for at in range(8):
+            part = slice(row, row + 1), slice(at, at + 1)
+            assert draw(logits[part], positions[part], one)[0, 0] == together[row, at]
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [(1.0, 6, 1.0), (2.5, 6, 1.0), (1.0, 3, 1.0), (1.0, 6, 0.7), (2.0, 4, 0.8), (0.5, 6, 0.95), (1.0, 6, 0.01)],
 )
 def test_sampled_frequencies(temperature, top_k, top_p):
     draws = 40_000
-    keys = jax.random.split(jax.random.key(0), draws)
-    logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (draws, 6))
-    tokens = jax.jit(sample)(logits, keys, jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
-    found = np.bincount(np.asarray(tokens), minlength=6) / draws
+    state = sampling_state(10, temperature, top_k, top_p)
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (10, draws // 10, 6))
+    positions = jnp.broadcast_to(jnp.arange(draws // 10), (10, draws // 10))
+    found = np.bincount(np.asarray(jax.jit(choose)(logits, positions, state)).reshape(-1), minlength=6) / draws
     expected = truncated(temperature, top_k, top_p)
+    shaped = jax.nn.softmax(process_logits(logits[:, :1], state))
+    np.testing.assert_allclose(shaped, np.broadcast_to(expected, (10, 1, 6)), atol=1e-6)
     assert (found[expected == 0] == 0).all()
     deviation = np.sqrt(expected * (1 - expected) / draws)
     assert (np.abs(found - expected) <= 4.5 * deviation + 1e-12).all(), (found, expected)
@@ -413,13 +440,12 @@ def test_the_loop_stops_with_its_sequences(tiny_fitted, monkeypatch):
     tokens = jsparse.generate(tiny_fitted, PROMPT, max_new_tokens=10).tolist()
     calls = []
 
-    def counted(weights, predictors, state, *arguments, **options):
-        before = np.asarray(state.position).copy()
-        out = decode_chunk(weights, predictors, state, *arguments, **options)
-        calls.append(int((np.asarray(out[0].position) - before).max()))
+    def counted(*arguments, **options):
+        out = step_chunk(*arguments, **options)
+        calls.append(int(np.asarray(out[3]).max()))
         return out
 
-    monkeypatch.setattr("jsparse.decoding.loop.decode_chunk", counted)
+    monkeypatch.setattr("jsparse.decoding.loop.step_chunk", counted)
     jsparse.generate(with_eos(tiny_fitted, tokens[2]), PROMPT, max_new_tokens=200)
     assert calls == [tokens.index(tokens[2])]
     calls.clear()
@@ -480,7 +506,7 @@ def test_other_prompts_and_options_compile_nothing(caplog, wordy):
 
     run(stop="\x00")
     run(temperature=0.7, top_k=5, top_p=0.9, stop="qu")
-    sizes = prefill._cache_size(), decode_chunk._cache_size()
+    sizes = prefill_chunk._cache_size(), step_chunk._cache_size()
 
     def others():
         run("y" * 27)
@@ -489,5 +515,5 @@ def test_other_prompts_and_options_compile_nothing(caplog, wordy):
         run(temperature=0.2, stop="end")
 
     assert compilations(caplog, others) == 0
-    assert (prefill._cache_size(), decode_chunk._cache_size()) == sizes
+    assert (prefill_chunk._cache_size(), step_chunk._cache_size()) == sizes
     assert compilations(caplog, lambda: run("y" * 100)) > 0, "the count cannot see compilations"

@@ -63,11 +63,10 @@ def test_keys_and_values_beyond_float16(part, executor, tmp_path):
 @pytest.mark.parametrize(("scale", "dtype"), [(1.0, "float16"), (15000.0, "float32")])
 def test_the_cache_keeps_16_bits_where_they_hold_what_is_computed(scale, dtype, tmp_path):
     params = jsparse.load(float16_checkpoint(tmp_path, scale))
-    sampling = Sampling.create(params.config)
-    decoding = Decoding(
-        params, [PROMPT], sampling, max_new_tokens=4, seed=0, executor=select_executor("xla"), sparse=False
-    )
-    assert {str(side.dtype) for cache in decoding._loop._state.caches for side in cache} == {dtype}
+    sampling = Sampling.create(params.config.vocab_size)
+    options = {"sampling": sampling, "max_new_tokens": 4, "seed": 0, "sparse": False}
+    decoding = Decoding(params, [PROMPT], executor=select_executor("xla"), **options)
+    assert {str(side.dtype) for side in jax.tree.leaves(decoding._loop._caches)} == {dtype}
 
 
 def overflowing(layer: int, at: int) -> jsparse.Params:
@@ -124,8 +123,8 @@ def test_an_answer_that_has_ended_is_not_lost_to_what_would_have_come(tmp_path):
 
 
 def test_a_cache_that_cannot_hold_what_comes_says_so(tmp_path, monkeypatch):
-    """The headroom is taken away, so that float16 is kept for values that it cannot hold."""
-    monkeypatch.setattr(loop, "_HEADROOM", 0)
+    """The look at the prompt's keys is taken away, so that float16 is kept for values that it cannot hold."""
+    monkeypatch.setattr(loop, "_largest", lambda caches: 0)
     params = jsparse.load(float16_checkpoint(tmp_path, 15000))
     with pytest.raises(jsparse.JsparseError, match=r"from layer \d on \(cache in float16\).*dtype='float32'"):
         jsparse.generate(params, PROMPT, max_new_tokens=12, executor="xla")

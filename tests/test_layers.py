@@ -9,7 +9,8 @@ import oracle
 import pytest
 from conftest import TINY
 
-from jsparse.model.attention import causal_attention
+from jsparse.model.attention import attend
+from jsparse.model.cache import SPARE_SLOTS, LayerCache
 from jsparse.model.layers import Rotation, rotate
 
 
@@ -19,7 +20,8 @@ def test_rotary_embedding(positions):
     size, positions = 16, np.array(positions)
     config = dataclasses.replace(TINY, head_dim=size, rope_theta=1e6)
     x = np.asarray(jax.random.normal(jax.random.key(0), (2, 3, 4, size)))
-    _, cos, signed_sin = jax.jit(Rotation.of, static_argnames="config")(positions, config=config)
+    positions = np.broadcast_to(positions, (2, 3))
+    cos, signed_sin = jax.jit(Rotation.of, static_argnames="config")(positions, config=config)
     found = np.asarray(rotate(x, cos, signed_sin), np.float64)
     angles = positions[..., None, None] * 1e6 ** (-2 * np.arange(size // 2) / size)
     turned = (x[..., : size // 2] + 1j * x[..., size // 2 :]) * np.exp(1j * angles)
@@ -27,20 +29,27 @@ def test_rotary_embedding(positions):
     assert np.all(error <= 4e-7 * np.abs(x).max() * (1 + positions[..., None, None]))
 
 
-@pytest.mark.parametrize(("length", "window"), [(512, None), (1024, 100), (700, None), (1100, 300)])
-def test_attention_of_a_whole_sequence(length, window):
-    """Of any length, by blocks of queries."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (1, length, heads, 8)) for key, heads in zip(keys, (2, 1, 1)))
-    found = jax.jit(causal_attention, static_argnames="window")(q, k, v, window=window)
-    for position in (0, 1, 511, length - 1):
-        now = [np.asarray(side[:, position]) for side in (q, k, v)]
-        expected, _ = oracle.attend(*now, np.array([position]), (k, v), window)
-        np.testing.assert_allclose(found[:, position], expected, rtol=0, atol=1e-5)
+@pytest.mark.parametrize(("length", "window"), [(128, None), (300, None), (32, 20), (100, 20)])
+def test_attention_of_many_tokens(length, window):
+    """By blocks of queries, the last not full, over the wrap of a ring; the cache holds all that a block sees."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    slots = length + 50 if window is None else window + SPARE_SLOTS
+    q, k, v = (jax.random.normal(key, (2, length, heads, 8)) for key, heads in zip(keys, (4, 2, 2)))
+    cache = LayerCache(*(jax.random.normal(key, (2, slots, 2, 8)) for key in keys[3:]))
+    start = jnp.asarray([0, 50 if window is None else 99])
+    count = jnp.asarray([length, length - 7])
+    found, new = jax.jit(attend, static_argnames="window")(q, k, v, start, count, cache, window=window)
+    expected, *sides = oracle.attend(q, k, v, start, count, cache, window)
+    for row, exists in enumerate(count):
+        np.testing.assert_allclose(found[row, :exists], expected[row, :exists], rtol=0, atol=1e-5)
+    for side, wanted in zip((new.keys, new.values), sides):
+        np.testing.assert_array_equal(np.asarray(side, np.float64), wanted)
 
 
 def test_attention_holds_no_matrix_of_all_pairs_of_positions():
     length = 5000
     q, k, v = (jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32) for heads in (2, 1, 1))
-    compiled = jax.jit(causal_attention, static_argnames="window").lower(q, k, v, window=None).compile()
+    side, number = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    operands = q, k, v, number, number, LayerCache(side, side)
+    compiled = jax.jit(attend, static_argnames="window").lower(*operands, window=None).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * length * length * 4 / 2

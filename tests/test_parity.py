@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, ROWS
+from conftest import run_decoder
 
 from convert import from_huggingface, to_huggingface
-from jsparse.executors.xla import Xla, activate
-from jsparse.model.decoder import Decoder
+from jsparse.executors.xla import activate
 from jsparse.model.ffn import KINDS
-from jsparse.model.layers import apply
 from jsparse.model.weights import Params
 
 TOLERANCE = 1e-4
@@ -20,14 +19,7 @@ TOLERANCE = 1e-4
 
 def logits_of(params: Params, ids: np.ndarray) -> np.ndarray:
     """Logits (B, T, V) of our decoder, through the reference executor."""
-    spec = params.config.ffn_spec()
-    decoder = Decoder(params.config, Xla())
-
-    def feed_forward(layer, x, ffn):
-        return Xla().dense_ffn(x, ffn, spec), None
-
-    logits, _, _ = apply(decoder, params.weights, ids, np.arange(ids.shape[1])[None], feed_forward)
-    return np.asarray(logits)
+    return np.asarray(run_decoder(params, ids)[0])
 
 
 def transformers_logits(model, ids: np.ndarray) -> np.ndarray:

@@ -155,6 +155,17 @@ ffi::Error LinearHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::
   return ffi::Error::Success();
 }
 
+ffi::Error RmsNormHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, float eps) {
+  Call call("rms_norm", args, rets);
+  const auto [x, dims] = call.X();
+  if (!call.ok()) return call.Wrong();
+  const float* scale = call.Vectors("scale", {dims[1]});
+  float* out = static_cast<float*>(call.Ret("out", Element::kF32, dims));
+  if (!call.complete()) return call.Wrong();
+  RmsNorm({BestKernels(), PoolOf(threads)}, x, dims[0], dims[1], scale, eps, out);
+  return ffi::Error::Success();
+}
+
 ffi::Error DenseFfnHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
                            int64_t activation, int64_t up_activation) {
   Call call("dense_ffn", args, rets);
@@ -272,6 +283,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kTakeRows, TakeRowsHandler,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kLinear, LinearHandler,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    kRmsNorm, RmsNormHandler,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<float>("eps"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
     kDenseFfn, DenseFfnHandler,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("activation").Attr<int64_t>(
         "up_activation"));
@@ -295,8 +309,8 @@ PyObject* Handlers(PyObject*, PyObject*) {
   static constexpr struct {
     const char* name;
     XLA_FFI_Handler* handler;
-  } kHandlers[] = {{"take_rows", kTakeRows}, {"linear", kLinear}, {"dense_ffn", kDenseFfn}, {"sparse_ffn", kSparseFfn},
-                   {"attend", kAttend}, {"read", kRead},          {"threads", kThreads}};
+  } kHandlers[] = {{"take_rows", kTakeRows}, {"rms_norm", kRmsNorm},     {"linear", kLinear}, {"dense_ffn", kDenseFfn},
+                   {"attend", kAttend},      {"sparse_ffn", kSparseFfn}, {"read", kRead},     {"threads", kThreads}};
   PyObject* result = PyDict_New();
   for (const auto& entry : kHandlers) {
     PyObject* capsule = PyCapsule_New(reinterpret_cast<void*>(entry.handler), "xla._CUSTOM_CALL_TARGET", nullptr);

@@ -45,6 +45,8 @@ struct Kernels {
   int64_t panel_size;
   int64_t column_block;
 
+  // out = x over its root mean square, times `scale`.
+  void (*rms_norm)(const float* x, int64_t n, const float* scale, float eps, float* out);
   // p = exp(p - max p); returns the sum.
   float (*exponentiate)(float* p, int64_t n, float* max);
   // Reads the bytes and returns a value that depends on all of them.

@@ -48,6 +48,7 @@ const Kernels TABLE = {
     ISA::AddColumnsOf,
     ISA::kDepth * ISA::kColumns,
     ISA::kColumns,
+    ISA::RmsNorm,
     ISA::Exponentiate,
     ISA::Read,
 };

@@ -379,6 +379,18 @@ void TakeRows(const Context& context, const Matrix& w, const int32_t* indices, i
   phases.Run(context.pool, count * w.stride);
 }
 
+void RmsNorm(const Context& context, const float* x, int64_t num_x, int64_t n, const float* scale, float eps,
+             float* out) {
+  const auto norm = [&](int64_t m) { context.kernels.rms_norm(x + m * n, n, scale, eps, out + m * n); };
+  if (num_x <= kFew) {
+    for (int64_t m = 0; m < num_x; ++m) norm(m);
+    return;
+  }
+  Phases phases;
+  phases.Add(num_x, norm);
+  phases.Run(context.pool, num_x * n * int64_t{sizeof(float)});
+}
+
 void Linear(const Context& context, const float* x, int64_t num_x, const std::vector<Matrix>& weights,
             const std::vector<float*>& outs) {
   for (int64_t m = 0; m < num_x; m += kManyVectors) {

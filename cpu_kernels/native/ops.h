@@ -43,6 +43,9 @@ struct Predictor {
 // out (count, w.cols) = rows of w; an index outside gives zeros.
 void TakeRows(const Context& context, const Matrix& w, const int32_t* indices, int64_t count, float* out);
 
+// out (num_x, n) = every x over its root mean square, times scale (n).
+void RmsNorm(const Context& context, const float* x, int64_t num_x, int64_t n, const float* scale, float eps, float* out);
+
 // outs[i] (num_x, weights[i].rows) = x weights[i]^T.
 void Linear(const Context& context, const float* x, int64_t num_x, const std::vector<Matrix>& weights,
             const std::vector<float*>& outs);

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jsparse.decoding.loop import CHUNK, Decoding
+from jsparse.decoding.loop import STEPS, Decoding
 from jsparse.decoding.sampling import Sampling
-from jsparse.decoding.statistics import PAD, Statistics
+from jsparse.decoding.statistics import Statistics
 from jsparse.errors import JsparseError
 from jsparse.executors.select import select_executor
 from jsparse.model.executor import Executor
@@ -100,7 +100,7 @@ def generate(
         decoding = Decoding(
             params,
             prompts,
-            Sampling.create(params.config, **chosen),
+            sampling=Sampling.create(params.config.vocab_size, **chosen),
             max_new_tokens=int(max_new_tokens),
             seed=int(seed),
             executor=select_executor(executor),
@@ -109,7 +109,7 @@ def generate(
         )
     make = (lambda ids: TextCompletion(params.tokenizer, ids, stops)) if is_text else (lambda ids: TokenCompletion())
     outputs = [make(ids) for ids in prompts]
-    pieces = each_with_own_settings(_run(decoding, outputs, _STREAM_STEPS if stream else CHUNK))
+    pieces = each_with_own_settings(_run(decoding, outputs, _STREAM_STEPS if stream else STEPS))
     if stream:
         return _stream(pieces, decoding, on_finish)
     for _ in pieces:
@@ -133,7 +133,7 @@ def _run(decoding: Decoding, outputs: list, steps: int) -> Iterator[list]:
     tokens = decoding.first()
     while True:
         last = decoding.done
-        pieces = [output.extend([int(i) for i in row if i != PAD], last) for output, row in zip(outputs, tokens)]
+        pieces = [output.extend(row.tolist(), last) for output, row in zip(outputs, tokens)]
         stopped = np.array([output.ended for output in outputs])
         yield pieces
         decoding.check_finite(stopped)

@@ -1,7 +1,6 @@
-"""Decoding: a dense pass over the prompts, and the jitted loop that runs many sparse steps."""
+"""Decoding: prompts in chunks, then the jitted loop that runs many steps."""
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -11,148 +10,106 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.decoding.forward import Model, decode_step
-from jsparse.decoding.sampling import Sampling, greedy, sample
-from jsparse.decoding.statistics import PAD, Statistics
+from jsparse.decoding.forward import Model, forward
+from jsparse.decoding.sampling import Sampling, choose
+from jsparse.decoding.statistics import Statistics
 from jsparse.errors import JsparseError
-from jsparse.model.attention import KVCache, fill_cache
-from jsparse.model.decoder import Decoder
+from jsparse.model.cache import LayerCache, cache_dtype, make_caches
 from jsparse.model.executor import Executor
-from jsparse.model.layers import apply
+from jsparse.model.slots import SlotState
 from jsparse.model.weights import Params, Weights
-from jsparse.typing import Array, Bool, Float, Int, Shaped
+from jsparse.typing import Array, Bool, Float, Int
 
-CHUNK = 32
+STEPS = 32
 """Most decode steps per call of the jitted loop."""
+PREFILL = 512
+"""Most tokens of a prompt per pass."""
 _HEADROOM = 4
 """Times the largest key or value of the prompts that a cache must hold."""
 
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("caches", "token", "position", "finished", "finite", "keys"),
-    meta_fields=(),
-)
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """Everything that changes from step to step.
-
-    Attributes:
-      caches: keys and values per layer.
-      token: (B,) the newest token, not yet fed to the model.
-      position: (B,) that token's position.
-      finished: (B,) sequences that have ended.
-      finite: (B,) sequences whose logits have been finite so far.
-      keys: (B,) random keys.
-    """
-
-    caches: tuple[KVCache, ...]
-    token: Int[Array, "B"]
-    position: Int[Array, "B"]
-    finished: Bool[Array, "B"]
-    finite: Bool[Array, "B"]
-    keys: Shaped[Array, "B"]
+Caches = tuple[LayerCache, ...]
 
 
-@partial(jax.jit, static_argnames=("model", "slots", "cache_dtype"))
-def prefill(
+@partial(jax.jit, static_argnames="model", donate_argnames=("caches", "logits"))
+def prefill_chunk(
     weights: Weights,
     tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    keys: Shaped[Array, "B"],
-    sampling: Sampling,
+    start: Int[Array, "B"],
+    count: Int[Array, "B"],
+    caches: Caches,
+    logits: Float[Array, "B V"],
     *,
     model: Model,
-    slots: int,
-    cache_dtype: str,
-) -> tuple[DecodeState, Float[Array, ""]]:
-    """Run right-padded prompts densely, fill caches of `slots` slots and choose the first token of each sequence.
-
-    Returns:
-      the state, and the largest magnitude of a key or value of the prompts.
-    """
-
-    def feed_forward(layer, x, ffn):
-        return model.executor.dense_ffn(x, ffn, model.spec), None
-
-    positions = jnp.arange(tokens.shape[1])[None]
-    decoder = Decoder(model.config, model.executor)
-    logits, keys_values, _ = apply(decoder, weights, tokens, positions, feed_forward, last=lengths - 1)
-    caches = tuple(fill_cache(k, v, lengths, slots, jnp.dtype(cache_dtype)) for k, v in keys_values)
-    token, keys = _choose(logits, keys, sampling)
-    ends = _ends(token, lengths, sampling, model.config)
-    is_prompt = (jnp.arange(tokens.shape[1]) < lengths[:, None])[:, :, None, None]
-    largest = jnp.max(jnp.stack([jnp.max(jnp.where(is_prompt, jnp.abs(s), 0)) for pair in keys_values for s in pair]))
-    return DecodeState(caches, token, lengths, ends, _are_finite(logits), keys), largest
+) -> tuple[Caches, Float[Array, "B V"]]:
+    """Feed the next tokens of each prompt densely; `logits` become those of the prompts that have some."""
+    found, caches, _ = forward(weights, None, tokens, start, count, caches, model=model)
+    return caches, jnp.where(count[:, None] > 0, found, logits)
 
 
-@partial(jax.jit, static_argnames="model", donate_argnames="state")
-def decode_chunk(
+@partial(jax.jit, static_argnames="eos_ids")
+def first_token(
+    logits: Float[Array, "B V"], state: SlotState, eos_ids: tuple[int, ...]
+) -> tuple[SlotState, Int[Array, "B"]]:
+    """The state once each sequence has the token behind its prompt."""
+    token = choose(logits[:, None], state.position[:, None] + 1, state)[:, 0]
+    return state.take(token, jnp.all(jnp.isfinite(logits), axis=-1), eos_ids), token
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames=("caches", "state"))
+def step_chunk(
     weights: Weights,
     predictors: tuple[Any, ...] | None,
-    state: DecodeState,
-    sampling: Sampling,
+    caches: Caches,
+    state: SlotState,
     num_steps: Int[Array, ""],
     *,
     model: Model,
-) -> tuple[DecodeState, Int[Array, "B chunk"], Int[Array, "L 2"]]:
-    """Up to num_steps (at most CHUNK) decode steps in one device program; it ends when every sequence has.
+) -> tuple[Caches, SlotState, Int[Array, "B steps"], Int[Array, "B"], Int[Array, "L 2"]]:
+    """Up to num_steps (at most STEPS) decode steps in one device program; it ends when every sequence has.
 
     Returns:
-      the state, the chosen tokens with PAD after a sequence's end, and the counts summed over the steps of
-      sequences that had not ended.
+      caches and state, the tokens chosen and how many of them each sequence has (its first ones), and the neuron counts
+      summed over these tokens.
     """
 
     def step(carry):
-        i, state, tokens, counts = carry
-        logits, caches, step_counts = decode_step(weights, predictors, state.token, state.position, state.caches, model)
-        fits = _are_finite(logits) & _hold(caches, state.position)
-        chosen, keys = _choose(logits, state.keys, sampling)
-        finite = state.finite & (state.finished | fits)
-        ended = state.finished | ~finite
-        tokens = tokens.at[:, i].set(jnp.where(ended, PAD, chosen))
-        counts = counts + jnp.sum(jnp.where(ended[:, None], 0, step_counts), axis=1)
-        position = state.position + 1
-        finished = ended | _ends(chosen, position, sampling, model.config)
-        state = DecodeState(caches, chosen, position, finished, finite, keys)
-        return i + 1, state, tokens, counts
+        i, caches, state, tokens, produced, counts = carry
+        count = state.active.astype(jnp.int32)
+        logits, caches, step_counts = forward(
+            weights, predictors, state.token[:, None], state.position, count, caches, model=model
+        )
+        is_finite = jnp.all(jnp.isfinite(logits), axis=-1) & _hold(caches, state.position)
+        chosen = choose(logits[:, None], state.position[:, None] + 1, state)[:, 0]
+        takes = state.active & is_finite
+        tokens = tokens.at[:, i].set(chosen)
+        counts = counts + jnp.sum(jnp.where(takes[:, None], step_counts, 0), axis=1)
+        state = state.take(chosen, is_finite, model.config.eos_token_ids)
+        return i + 1, caches, state, tokens, produced + takes, counts
 
     def unfinished(carry):
-        return (carry[0] < num_steps) & ~jnp.all(carry[1].finished)
+        return (carry[0] < num_steps) & jnp.any(carry[2].active)
 
-    tokens = jnp.full((state.token.size, CHUNK), PAD, jnp.int32)
+    batch = state.token.size
+    tokens, produced = jnp.zeros((batch, STEPS), jnp.int32), jnp.zeros(batch, jnp.int32)
     counts = jnp.zeros((model.config.num_layers, 2), jnp.int32)
-    _, state, tokens, counts = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, tokens, counts))
-    return state, tokens, counts
+    carry = jnp.int32(0), caches, state, tokens, produced, counts
+    return jax.lax.while_loop(unfinished, step, carry)[1:]
 
 
-def _choose(logits, keys, sampling):
-    if sampling.is_greedy:
-        return greedy(logits), keys
-    keys, draws = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    return sample(logits, draws, sampling.temperature, sampling.top_k, sampling.top_p), keys
-
-
-_choose_jit = jax.jit(_choose)
-
-
-def _are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
-    return jnp.all(jnp.isfinite(logits), axis=-1)
-
-
-def _hold(caches: tuple[KVCache, ...], position: Int[Array, "B"]) -> Bool[Array, "B"]:
+def _hold(caches: Caches, position: Int[Array, "B"]) -> Bool[Array, "B"]:
     """Whether the caches hold what was written at the position: float16 makes infinity of what is beyond it, and
     attention then passes over a key without a trace in the logits."""
     held = jnp.ones(position.shape, bool)
-    for side in (side for cache in caches for side in cache if side.dtype == jnp.float16):
+    for side in (side for cache in caches for side in (cache.keys, cache.values) if side.dtype == jnp.float16):
         newest = side[jnp.arange(position.size), position % side.shape[1]]
         held &= jnp.all(jnp.isfinite(newest), axis=(1, 2))
     return held
 
 
-def _ends(token, position, sampling, config):
-    """Whether a sequence ends with this token: it is an end-of-text token, or the context is full."""
-    return jnp.isin(token, sampling.eos_ids) | (position + 1 >= config.context_length)
+@jax.jit
+def _largest(caches: Caches) -> Float[Array, ""]:
+    """The largest magnitude of what is stored."""
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(side)) for side in jax.tree.leaves(caches)]))
 
 
 def bucket(length: int) -> int:
@@ -163,54 +120,51 @@ def bucket(length: int) -> int:
 
 
 class JittedLoop:
-    """The decode loop in JAX: chunks of `decode_chunk` over one state."""
+    """The decode loop in JAX: chunks of `step_chunk` over caches and state."""
 
     def __init__(
-        self, model: Model, weights: Weights, predictors: tuple[Any, ...] | None, state: DecodeState, sampling: Sampling
+        self, model: Model, weights: Weights, predictors: tuple[Any, ...] | None, caches: Caches, state: SlotState
     ):
-        """Take over from the prompts' own pass, which left `state`; `place` returned weights and predictors."""
-        self._model, self._sampling = model, sampling
-        self._weights, self._predictors, self._state = weights, predictors, state
-        self._position = np.asarray(state.position).astype(np.int64)
+        """Take over from the prompts, which left caches and state; `place` returned weights and predictors."""
+        self._model, self._weights, self._predictors = model, weights, predictors
+        self._caches, self._state = caches, state
 
     @property
-    def finished(self) -> np.ndarray:
-        """(B,) sequences that have ended."""
-        return np.asarray(self._state.finished)
+    def active(self) -> np.ndarray:
+        """(B,) sequences that have not ended."""
+        return np.asarray(self._state.active)
 
     def finish(self, rows: np.ndarray) -> None:
         """Mark sequences (B,) as ended."""
-        self._state = dataclasses.replace(self._state, finished=self._state.finished | jnp.asarray(rows))
+        self._state = dataclasses.replace(self._state, active=self._state.active & ~jnp.asarray(rows))
 
-    def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray, None]:
+    def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, None]:
         """As `DecodeLoop.advance`."""
-        self._state, tokens, counts = decode_chunk(
-            self._weights, self._predictors, self._state, self._sampling, jnp.int32(steps), model=self._model
+        self._caches, self._state, *found = step_chunk(
+            self._weights, self._predictors, self._caches, self._state, jnp.int32(steps), model=self._model
         )
-        tokens = np.asarray(tokens)[:, :steps]
-        self._position = self._position + (tokens != PAD).sum(axis=1)
-        return tokens, np.asarray(counts), None
+        return *map(np.asarray, found), None
 
     def check(self, ended: np.ndarray | bool = False) -> None:
         """As `DecodeLoop.check`; the message names the layer where that begins, if a cache shows it."""
-        check_finite(self._state, self._position, ended)
+        check_finite(self._caches, self._state, ended)
 
 
-def check_finite(state: DecodeState, position: np.ndarray, ended: np.ndarray | bool = False) -> None:
-    """Raises: JsparseError: keys, values or logits of a sequence that has not `ended` (B,) were not finite at its
-    position (B,); the message names the layer where that begins, if a cache shows it."""
+def check_finite(caches: Caches, state: SlotState, ended: np.ndarray | bool = False) -> None:
+    """Raises: JsparseError: keys, values or logits of a sequence that has not `ended` (B,) were not finite; the message
+    names the layer where that begins, if a cache shows it."""
     failed = ~np.asarray(state.finite) & ~np.asarray(ended)
     if not failed.any():
         return
     number = int(np.argmax(failed))
-    damaged = [any(not jnp.isfinite(side[number]).all() for side in cache) for cache in state.caches]
+    damaged = [any(not jnp.isfinite(side[number]).all() for side in (c.keys, c.values)) for c in caches]
     found = "the keys and values of all layers are finite, so this begins behind the last attention"
     if any(damaged):
         found = f"keys and values are not finite from layer {damaged.index(True)} on"
-    dtype = state.caches[0][0].dtype
+    dtype = caches[0].keys.dtype
     advice = "check its weights" if dtype == jnp.float32 else "load the model with dtype='float32'"
     raise JsparseError(
-        f"sequence {number}: keys, values or logits at position {position[number]} are not finite; {found} "
+        f"sequence {number}: keys, values or logits at position {int(state.position[number])} are not finite; {found} "
         f"(cache in {dtype}): {advice}"
     )
 
@@ -222,8 +176,8 @@ class Decoding:
         self,
         params: Params,
         prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
         *,
+        sampling: Sampling,
         max_new_tokens: int,
         seed: int,
         executor: Executor,
@@ -235,40 +189,54 @@ class Decoding:
         if reason := executor.refuses(config):
             raise JsparseError(f"executor {executor.name!r} cannot run this model: {reason}")
         self.model = Model(config, executor, config.ffn_spec(pipeline))
-        self.sampling = sampling
         self._weights, predictors = executor.place(params.weights, params.predictors if sparse else None)
-        longest = max(map(len, prompts))
-        self._room = np.array([config.context_length - len(prompt) for prompt in prompts])
-        self._produced, self._last = np.zeros(len(prompts), np.int64), np.zeros(len(prompts), np.int64)
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         self._wanted = max_new_tokens
-        self.remaining = min(max_new_tokens, int(self._room.max()))
-        most = min(longest + max_new_tokens, config.context_length)
-        slots = min(bucket(most), config.sliding_window or sys.maxsize)
-        tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
-        for row, prompt in zip(tokens, prompts):
-            row[: len(prompt)] = prompt
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
-        lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        self._limit = np.minimum(max_new_tokens, config.context_length - lengths).astype(np.int32)
         counts = np.zeros((config.num_layers, 2), np.int64)
         self.statistics = Statistics(self.model.spec, config.intermediate_size, sparse, counts)
         begun = time.perf_counter()
-        state = self._prefill(tokens, jnp.asarray(lengths), keys, slots)
-        check_finite(state, lengths - 1)
-        self._first = np.asarray(state.token)
-        choose = None if sampling.is_greedy else partial(_choose_jit, sampling=sampling)
-        own = executor.loop(config, self.model.spec, self._weights, predictors, state, choose, CHUNK)
-        self._loop = own or JittedLoop(self.model, self._weights, predictors, state, sampling)
+        caches, logits = self._prefill(prompts, lengths)
+        state = initial_state(lengths, self._limit, seed, sampling)
+        state, token = first_token(logits, state, config.eos_token_ids)
+        check_finite(caches, state)
+        self._last = np.asarray(token)
+        self._produced = np.ones_like(self._limit)
+        draws = partial(_choose_one, state=state) if sampling.temperature > 0 else None
+        own = executor.loop(config, self.model.spec, self._weights, predictors, caches, state, draws, STEPS)
+        self._loop = own or JittedLoop(self.model, self._weights, predictors, caches, state)
         self.statistics.prefill_seconds = time.perf_counter() - begun
 
-    def _prefill(self, tokens, lengths, keys, slots: int) -> DecodeState:
-        """The state after the prompts, with caches of the embedding's dtype, or of float32 where that may not hold
-        what is computed: float16 ends at 65,504, and the tokens to come may have larger keys than the prompts."""
-        cache_dtype = jnp.dtype(getattr(self._weights.embed, "dtype", jnp.bfloat16))
-        run = partial(prefill, self._weights, tokens, lengths, keys, self.sampling, model=self.model, slots=slots)
-        state, largest = run(cache_dtype=cache_dtype.name)
-        if not largest * _HEADROOM <= jnp.finfo(cache_dtype).max:
-            state, _ = run(cache_dtype="float32")
-        return state
+    def _prefill(self, prompts, lengths: np.ndarray) -> tuple[Caches, Float[Array, "B V"]]:
+        """Caches after the prompts, and the logits of their last tokens.
+
+        Float16 ends at 65,504, and tokens to come may have larger keys than the prompts: where it may not hold what is
+        computed, caches are of float32.
+        """
+        dtype = cache_dtype(self._weights.embed)
+        caches, logits = self._prefill_in(prompts, lengths, dtype)
+        return (caches, logits) if caches is not None else self._prefill_in(prompts, lengths, "float32")
+
+    def _prefill_in(self, prompts, lengths, dtype: str) -> tuple[Caches | None, Float[Array, "B V"]]:
+        """With None for caches of that dtype which may not hold what is computed."""
+        config, longest = self.model.config, int(lengths.max())
+        most = min(bucket(int((lengths + self._limit).max())), config.context_length)
+        caches = make_caches(config, len(prompts), most, dtype)
+        # No more at once than the smallest ring holds, so that all of it can be looked at.
+        smallest = min(cache.num_slots for cache in caches)
+        size = min(PREFILL, 1 << (smallest.bit_length() - 1))
+        padded = np.zeros((len(prompts), longest + size), np.int32)
+        for row, prompt in zip(padded, prompts):
+            row[: len(prompt)] = prompt
+        logits = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
+        for first in range(0, longest, size):
+            tokens = padded[:, first : first + min(size, bucket(longest - first))]
+            start = np.full_like(lengths, first)
+            count = np.clip(lengths - first, 0, tokens.shape[1])
+            caches, logits = prefill_chunk(self._weights, tokens, start, count, caches, logits, model=self.model)
+            if dtype == "float16" and not _largest(caches) * _HEADROOM <= jnp.finfo(dtype).max:
+                return None, logits
+        return caches, logits
 
     def check_finite(self, ended: np.ndarray) -> None:
         """As `DecodeLoop.check`."""
@@ -276,36 +244,55 @@ class Decoding:
 
     @property
     def done(self) -> bool:
-        return self.remaining <= 0 or bool(np.all(self._loop.finished))
+        return not self._loop.active.any()
 
     @property
     def cut(self) -> np.ndarray:
         """Sequences (B,) that the end of the context has ended before an end-of-text token or max_new_tokens did."""
-        at_end = (self._produced == self._room) & (self._room < self._wanted)
+        at_end = (self._produced == self._limit) & (self._limit < self._wanted)
         return at_end & ~np.isin(self._last, self.model.config.eos_token_ids)
 
-    def first(self) -> np.ndarray:
-        """The token chosen by the prefill, (B, 1)."""
-        self.remaining -= 1
-        return self._count(self._first[:, None])
+    def first(self) -> list[np.ndarray]:
+        """The token chosen behind each prompt."""
+        return list(self._last[:, None])
 
-    def _count(self, tokens: np.ndarray) -> np.ndarray:
-        """Note how many tokens each sequence has, and its last."""
-        some = (tokens != PAD).sum(axis=1)
-        self._produced += some
-        self._last = np.where(some > 0, tokens[np.arange(len(tokens)), np.maximum(some - 1, 0)], self._last)
-        return tokens
-
-    def advance(self, max_steps: int = CHUNK) -> np.ndarray:
-        """Decode up to max_steps tokens per sequence, (B, steps), PAD where a sequence had ended."""
-        steps = min(max_steps, self.remaining, CHUNK)
+    def advance(self, max_steps: int = STEPS) -> list[np.ndarray]:
+        """Decode up to max_steps tokens per sequence: those that each has got, none where it had ended."""
+        left = (self._limit - self._produced)[self._loop.active]
         begun = time.perf_counter()
-        tokens, counts, fixed = self._loop.advance(steps)
+        tokens, produced, counts, fixed = self._loop.advance(min(max_steps, STEPS, int(left.max(initial=1))))
         self.statistics.decode_seconds += time.perf_counter() - begun
-        self.statistics.add(tokens, counts, fixed)
-        self.remaining -= steps
-        return self._count(tokens)
+        self.statistics.add(int(produced.sum()), counts, fixed)
+        self._produced = self._produced + produced
+        self._last = np.where(produced > 0, tokens[np.arange(len(tokens)), np.maximum(produced, 1) - 1], self._last)
+        return [row[:count] for row, count in zip(tokens, produced)]
 
     def finish(self, rows: np.ndarray) -> None:
         """Mark sequences (B,) as ended, whatever they would have said next."""
         self._loop.finish(rows)
+
+
+def initial_state(lengths: np.ndarray, limit: np.ndarray, seed: int, sampling: Sampling) -> SlotState:
+    """The state before the first new token of sequences of these lengths, each to get as many tokens as its limit."""
+    batch = len(lengths)
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(batch))
+    temperature, top_k, top_p = (
+        jnp.full(batch, value, dtype) for value, dtype in zip(sampling, (jnp.float32, jnp.int32, jnp.float32))
+    )
+    return SlotState(
+        token=jnp.zeros(batch, jnp.int32),
+        position=jnp.asarray(lengths - 1),
+        produced=jnp.zeros(batch, jnp.int32),
+        limit=jnp.asarray(limit),
+        active=jnp.ones(batch, bool),
+        finite=jnp.ones(batch, bool),
+        key=keys,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+
+
+@jax.jit
+def _choose_one(logits: Float[Array, "B V"], position: Int[Array, "B"], state: SlotState) -> Int[Array, "B"]:
+    return choose(logits[:, None], position[:, None], state)[:, 0]

@@ -1,43 +1,28 @@
 """Choosing the next token from logits."""
 
-import dataclasses
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jsparse.errors import JsparseError
-from jsparse.model.config import ModelConfig
-from jsparse.typing import Array, Float, Int, Shaped
+from jsparse.model.slots import SlotState
+from jsparse.typing import Array, Float, Int
 
 _COLDEST = 1e-30
 """Temperatures below are greedy: float32 has no room for the quotient."""
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("temperature", "top_k", "top_p", "eos_ids"),
-    meta_fields=("is_greedy",),
-)
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; only `is_greedy` is static, so other values compile nothing.
+class Sampling(NamedTuple):
+    """How a sequence's tokens are chosen, as in `process_logits`; a temperature of 0 takes the most likely ones."""
 
-    Attributes:
-      temperature, top_k, top_p: as in `jsparse.decoding.sampling.sample`.
-      eos_ids: (n,) int32, tokens that end a sequence.
-      is_greedy: take the most likely token.
-    """
-
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    eos_ids: Int[Array, "n"]
-    is_greedy: bool
+    temperature: float
+    top_k: int
+    top_p: float
 
     @classmethod
     def create(
-        cls, config: ModelConfig, *, temperature: float = 0.0, top_k: int | None = None, top_p: float = 1.0
+        cls, vocab_size: int, *, temperature: float = 0.0, top_k: int | None = None, top_p: float = 1.0
     ) -> "Sampling":
         """Raises: JsparseError: a value is out of range; all are listed."""
         problems = []
@@ -49,43 +34,47 @@ class Sampling:
             problems.append(f"top_p is {top_p} and must be greater than 0 and at most 1")
         if problems:
             raise JsparseError("; ".join(problems))
-        return cls(
-            jnp.float32(temperature),
-            jnp.int32(min(top_k or config.vocab_size, config.vocab_size)),
-            jnp.float32(top_p),
-            jnp.asarray(config.eos_token_ids, jnp.int32),
-            temperature < _COLDEST,
-        )
+        return cls(0.0 if temperature < _COLDEST else temperature, min(top_k or vocab_size, vocab_size), top_p)
 
 
-def greedy(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """The most likely token, the lowest id among equals."""
-    # On a CPU XLA's argmax takes several times as long.
-    return jax.lax.top_k(logits, 1)[1][:, 0]
+def choose(logits: Float[Array, "B T V"], position: Int[Array, "B T"], state: SlotState) -> Int[Array, "B T"]:
+    """The tokens at some positions: the most likely ones where the temperature is 0, else drawn.
 
-
-def sample(
-    logits: Float[Array, "B V"],
-    keys: Shaped[Array, "B"],
-    temperature: Float[Array, ""],
-    top_k: Int[Array, ""],
-    top_p: Float[Array, ""],
-) -> Int[Array, "B"]:
-    """Draw from softmax(logits / temperature), kept to the top_k most likely tokens and then to the smallest set of
-    those whose probability reaches top_p.
-
-    Args:
-      logits: unnormalised.
-      keys: one random key per sequence, so that a sequence's draws do not depend on its neighbours.
-      temperature: greater than 0.
-      top_k: 1 or more; the vocabulary's size keeps all.
-      top_p: in (0, 1]; 1 keeps all.
+    A draw is the largest of `process_logits` plus Gumbel noise, which belongs to the sequence's key, the position and
+    the token's id, and to nothing else: neighbours, chunks and steps that are taken again change no draw.
     """
-    scaled, ids = jax.lax.top_k(logits - jnp.max(logits, axis=-1, keepdims=True), logits.shape[-1])
-    scaled = scaled / temperature
-    scaled = jnp.where(jnp.arange(logits.shape[-1]) < top_k, scaled, -jnp.inf)
-    probabilities = jax.nn.softmax(scaled)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    scaled = jnp.where(before < top_p, scaled, -jnp.inf)
-    choice = jax.vmap(jax.random.categorical)(keys, scaled)
-    return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+    def noisy(logits):
+        shape = logits.shape[-1:]
+        of_position = jax.vmap(lambda key, at: jax.random.gumbel(jax.random.fold_in(key, at), shape), (None, 0))
+        noise = jax.vmap(of_position)(state.key, position)
+        is_drawn = (state.temperature > 0)[:, None, None]
+        return jnp.where(is_drawn, process_logits(logits, state) + noise, logits)
+
+    logits = jax.lax.cond(jnp.any(state.temperature > 0), noisy, lambda logits: logits, logits)
+    # The lowest id among equals; on a CPU XLA's argmax takes several times as long.
+    return jax.lax.top_k(logits, 1)[1][..., 0]
+
+
+def process_logits(logits: Float[Array, "B T V"], state: SlotState) -> Float[Array, "B T V"]:
+    """Unnormalised log-probabilities of what each sequence draws from.
+
+    That is softmax(logits / temperature), kept to the top_k most likely tokens (V keeps all) and then to the smallest
+    set of those whose probability reaches top_p; the others are -inf. Rows of temperature 0 are left as they are.
+    """
+    temperature = jnp.where(state.temperature > 0, state.temperature, 1)[:, None, None]
+    # The largest becomes 0 first, or a low temperature makes infinities of large logits.
+    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+    size = logits.shape[-1]
+
+    def restrict(scaled):
+        ordered, ids = jax.lax.top_k(scaled, size)
+        ordered = jnp.where(jnp.arange(size) < state.top_k[:, None, None], ordered, -jnp.inf)
+        probabilities = jax.nn.softmax(ordered)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        ordered = jnp.where(before < state.top_p[:, None, None], ordered, -jnp.inf)
+        return jnp.put_along_axis(scaled, ids, ordered, axis=-1, inplace=False)
+
+    restricts = (state.temperature > 0) & ((state.top_k < size) | (state.top_p < 1))
+    scaled = jax.lax.cond(jnp.any(restricts), restrict, lambda scaled: scaled, scaled)
+    return jnp.where((state.temperature > 0)[:, None, None], scaled, logits)

@@ -7,9 +7,6 @@ import numpy as np
 
 from jsparse.model.ffn import FFNSpec
 
-PAD = -1
-"""Stands in a chunk of tokens where a sequence had already ended."""
-
 
 @dataclasses.dataclass
 class Statistics:
@@ -46,9 +43,8 @@ class Statistics:
         dense = self.spec.num_matrices * self.num_neurons * len(self.counts)
         return self.rows / (self.decoded_tokens * dense)
 
-    def add(self, tokens: np.ndarray, counts: np.ndarray, fixed: Sequence[int] | None = None) -> None:
-        """Count the tokens of a chunk: neuron counts (L, 2), or neurons of each layer all of whose rows each read."""
-        decoded = int((tokens != PAD).sum())
+    def add(self, decoded: int, counts: np.ndarray, fixed: Sequence[int] | None = None) -> None:
+        """Count some decoded tokens: neuron counts (L, 2), or neurons of each layer all of whose rows each read."""
         predicted, active = counts.sum(axis=0).tolist()
         all_of_fixed = None if fixed is None else self.spec.num_matrices * sum(fixed) * decoded
         self.rows += self.spec.rows(predicted, active) if all_of_fixed is None else all_of_fixed

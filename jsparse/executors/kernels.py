@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-import jax.numpy as jnp
-
 from jsparse.arrays import Matrix, QuantizedRows
-from jsparse.model.attention import KVCache
+from jsparse.model.attention import attend
+from jsparse.model.cache import LayerCache
 from jsparse.model.executor import Executor, Split
 from jsparse.model.ffn import FFNSpec
+from jsparse.model.norm import rms_norm
 from jsparse.model.weights import FFNWeights, Linear, Predictor
 from jsparse.typing import Array, Float, Int
 
@@ -57,6 +57,12 @@ class KernelExecutor(Executor):
         """As `Executor.rows`."""
         return self._kernels.take_rows(operand(matrix), indices, matrix.shape[1])
 
+    def norm(self, x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
+        """As `Executor.norm`: on a GPU by XLA, on a CPU in an order that does not depend on the number of tokens."""
+        if self.name == "cuda":
+            return rms_norm(x, scale, eps)
+        return self._kernels.rms_norm(flat(x), scale, eps).reshape(x.shape)
+
     def project(
         self, x: Float[Array, "... D"], linears: Sequence[Linear], split: Split = "out"
     ) -> tuple[Float[Array, "... out"], ...]:
@@ -71,7 +77,12 @@ class KernelExecutor(Executor):
         return y.reshape(x.shape)
 
     def sparse_ffn(
-        self, x: Float[Array, "B D"], ffn: FFNWeights, predictor: Predictor, spec: FFNSpec
+        self,
+        x: Float[Array, "B D"],
+        ffn: FFNWeights,
+        predictor: Predictor,
+        spec: FFNSpec,
+        route: Float[Array, "B E"] | None = None,
     ) -> tuple[Float[Array, "B D"], Int[Array, "B 2"]]:
         """As `Executor.sparse_ffn`."""
         return self._kernels.sparse_ffn(
@@ -82,21 +93,21 @@ class KernelExecutor(Executor):
             predictor.bias,
             **activations(spec),
             parallel=spec.pipeline == "parallel",
+            route=route,
         )
 
     def attend(
         self,
-        q: Float[Array, "B N H"],
-        k: Float[Array, "B K H"],
-        v: Float[Array, "B K H"],
-        position: Int[Array, "B"],
-        cache: KVCache,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        start: Int[Array, "B"],
+        count: Int[Array, "B"],
+        cache: LayerCache,
         window: int | None,
-    ) -> tuple[Float[Array, "B N H"], KVCache]:
-        """As `Executor.attend`."""
-        if self.name == "cuda":
-            out, keys, values = self._kernels.attend(q, k, v, position, *cache, window=window)
-            return out, (keys, values)
-        new, count = (side[:, None] for side in (q, k, v)), jnp.ones_like(position)
-        out, keys, values = self._kernels.attend(*new, position, count, *cache, window=window)
-        return out[:, 0], (keys, values)
+    ) -> tuple[Float[Array, "B T N H"], LayerCache]:
+        """As `Executor.attend`; on a GPU XLA takes more tokens than one, whose products fill it."""
+        if self.name == "cuda" and q.shape[1] > 1:
+            return attend(q, k, v, start, count, cache, window)
+        out, *sides = self._kernels.attend(q, k, v, start, count, cache.keys, cache.values, window=window)
+        return out, LayerCache(*sides)

@@ -11,16 +11,18 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jsparse.arrays import Matrix
 from jsparse.errors import JsparseError
 from jsparse.executors.kernels import activations, flat, operand, operands
-from jsparse.model.attention import KVCache
+from jsparse.model.cache import LayerCache
 from jsparse.model.config import ModelConfig
 from jsparse.model.executor import Executor, Split
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import rope_frequencies
+from jsparse.model.slots import SlotState
 from jsparse.model.weights import FFNWeights, Layer, Linear, Predictor, Weights
 from jsparse.typing import Array, Float, Int
 
@@ -82,6 +84,10 @@ class Npu(Executor):
         """As `Executor.rows`, on the host."""
         return self.host.rows(matrix, indices)
 
+    def norm(self, x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
+        """As `Executor.norm`, on the host."""
+        return self.host.norm(x, scale, eps)
+
     def project(
         self, x: Float[Array, "... D"], linears: Sequence[Linear], split: Split = "out"
     ) -> tuple[Float[Array, "... out"], ...]:
@@ -97,7 +103,12 @@ class Npu(Executor):
         return cann_bridge.dense_ffn(flat(x), ffn.handle, **activations(spec)).reshape(x.shape)
 
     def sparse_ffn(
-        self, x: Float[Array, "B D"], ffn: Placed, predictor: Placed, spec: FFNSpec
+        self,
+        x: Float[Array, "B D"],
+        ffn: Placed,
+        predictor: Placed,
+        spec: FFNSpec,
+        route: Float[Array, "B E"] | None = None,
     ) -> tuple[Float[Array, "B D"], Int[Array, "B 2"]]:
         """As `Executor.sparse_ffn`, on the device."""
         import cann_bridge
@@ -106,21 +117,23 @@ class Npu(Executor):
             x,
             ffn.handle,
             predictor.handle,
+            jnp.ones((x.shape[0], 1)) if route is None else route,
             **activations(spec),
             parallel=spec.pipeline == "parallel",
         )
 
     def attend(
         self,
-        q: Float[Array, "B N H"],
-        k: Float[Array, "B K H"],
-        v: Float[Array, "B K H"],
-        position: Int[Array, "B"],
-        cache: KVCache,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        start: Int[Array, "B"],
+        count: Int[Array, "B"],
+        cache: LayerCache,
         window: int | None,
-    ) -> tuple[Float[Array, "B N H"], KVCache]:
+    ) -> tuple[Float[Array, "B T N H"], LayerCache]:
         """As `Executor.attend`, on the host."""
-        return self.host.attend(q, k, v, position, cache, window)
+        return self.host.attend(q, k, v, start, count, cache, window)
 
     def loop(
         self,
@@ -128,14 +141,15 @@ class Npu(Executor):
         spec: FFNSpec,
         weights: Weights,
         predictors: tuple[Any, ...] | None,
-        state: Any,
+        caches: tuple[LayerCache, ...],
+        state: SlotState,
         choose: Callable | None,
         chunk: int,
     ) -> "NpuLoop | None":
         """As `Executor.loop`: the device's own, if it takes the whole."""
         if not self.whole:
             return None
-        return NpuLoop(config, spec, weights, predictors, state, choose, chunk, self._device)
+        return NpuLoop(config, spec, weights, predictors, caches, state, choose, chunk, self._device)
 
 
 class NpuLoop:
@@ -147,7 +161,8 @@ class NpuLoop:
         spec: FFNSpec,
         weights: Weights,
         predictors: tuple[Predictor, ...] | None,
-        state: Any,
+        caches: tuple[LayerCache, ...],
+        state: SlotState,
         choose: Callable | None,
         chunk: int,
         device: Any,
@@ -166,22 +181,28 @@ class NpuLoop:
                 operand(head),
                 device,
             )
-        self._decoder.begin(state.caches, state.token, state.position, state.finished, chunk)
-        self._choose, self._keys, self._layers = choose, state.keys, config.num_layers
+        self._position = np.asarray(state.position)
+        end = self._position + np.asarray(state.limit - state.produced)
+        sides = [(cache.keys, cache.values) for cache in caches]
+        self._decoder.begin(sides, state.token, self._position, end, ~np.asarray(state.active), chunk)
+        self._choose, self._layers = choose, config.num_layers
 
     @property
-    def finished(self) -> np.ndarray:
-        """(B,) sequences that have ended."""
-        return self._decoder.finished
+    def active(self) -> np.ndarray:
+        """(B,) sequences that have not ended."""
+        return ~self._decoder.finished
 
     def finish(self, rows: np.ndarray) -> None:
         """Mark sequences (B,) as ended."""
         self._decoder.finish(rows)
 
-    def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray, list[int] | None]:
+    def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int] | None]:
         """As `DecodeLoop.advance`. Raises: JsparseError: the logits are not finite."""
+        from cann_bridge import PAD
+
         with _as_user_error():
-            return self._decoder.greedy(steps) if self._choose is None else self._sampled(steps)
+            tokens, counts, rows = self._decoder.greedy(steps) if self._choose is None else self._sampled(steps)
+        return tokens, np.sum(tokens != PAD, axis=1), counts, rows
 
     def check(self, ended: np.ndarray | bool = False) -> None:
         """As `DecodeLoop.check`: `advance` has checked."""
@@ -189,17 +210,17 @@ class NpuLoop:
     def _sampled(self, steps: int) -> tuple[np.ndarray, np.ndarray, None]:
         from cann_bridge import PAD
 
-        ended = self.finished
-        tokens = np.full((ended.size, steps), PAD, np.int32)
+        active = self.active
+        tokens = np.full((active.size, steps), PAD, np.int32)
         counts = []
         for i in range(steps):
-            if ended.all():
+            if not active.any():
                 break
-            logits = self._decoder.logits()
-            chosen, self._keys = self._choose(logits, self._keys)
-            counts.append(self._decoder.choose(np.asarray(chosen)))
-            tokens[:, i] = np.where(ended, PAD, np.asarray(chosen))
-            ended = self.finished
+            self._position = self._position + 1
+            chosen = np.asarray(self._choose(self._decoder.logits(), self._position))
+            counts.append(self._decoder.choose(chosen))
+            tokens[:, i] = np.where(active, chosen, PAD)
+            active = self.active
         return tokens, np.sum(counts, axis=0) if counts else np.zeros((self._layers, 2), np.int64), None
 
 
@@ -225,7 +246,6 @@ def _spec(config: ModelConfig, spec: FFNSpec):
         residual_scale=config.residual_scale,
         logit_scale=config.logit_scale,
         window=config.sliding_window,
-        context_length=config.context_length,
         eos_ids=tuple(config.eos_token_ids),
         **activations(spec),
         parallel=spec.pipeline == "parallel",

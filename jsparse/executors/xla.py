@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jsparse.arrays import Matrix, dequantize, take_rows
-from jsparse.model.attention import KVCache, attend
+from jsparse.model.attention import attend
+from jsparse.model.cache import LayerCache
 from jsparse.model.executor import Executor, Split
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.weights import FFNWeights, Linear, Predictor
@@ -69,31 +70,41 @@ class Xla(Executor):
         return jnp.matmul(hidden, dequantize(ffn.down_t), precision=_PRECISION)
 
     def sparse_ffn(
-        self, x: Float[Array, "B D"], ffn: FFNWeights, predictor: Predictor, spec: FFNSpec
+        self,
+        x: Float[Array, "B D"],
+        ffn: FFNWeights,
+        predictor: Predictor,
+        spec: FFNSpec,
+        route: Float[Array, "B E"] | None = None,
     ) -> tuple[Float[Array, "B D"], Int[Array, "B 2"]]:
         """As `Executor.sparse_ffn`."""
-        scores = linear(linear(x, predictor.a), predictor.b) + predictor.bias
-        return jax.lax.map(lambda token: _sparse_token(*token, ffn, spec), (x.astype(jnp.float32), scores > 0))
+        predicted = linear(linear(x, predictor.a), predictor.b) + predictor.bias > 0
+        route = jnp.ones((x.shape[0], 1)) if route is None else route
+        factors = jnp.repeat(route, predicted.shape[1] // route.shape[1], axis=1)
+        tokens = (x.astype(jnp.float32), predicted & (factors != 0), factors)
+        return jax.lax.map(lambda token: _sparse_token(*token, ffn, spec), tokens)
 
     def attend(
         self,
-        q: Float[Array, "B N H"],
-        k: Float[Array, "B K H"],
-        v: Float[Array, "B K H"],
-        position: Int[Array, "B"],
-        cache: KVCache,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        start: Int[Array, "B"],
+        count: Int[Array, "B"],
+        cache: LayerCache,
         window: int | None,
-    ) -> tuple[Float[Array, "B N H"], KVCache]:
+    ) -> tuple[Float[Array, "B T N H"], LayerCache]:
         """As `Executor.attend`."""
-        return attend(q, k, v, position, cache, window)
+        return attend(q, k, v, start, count, cache, window)
 
 
 def _sparse_token(
-    x: Float[Array, "D"], predicted: Bool[Array, "F"], ffn: FFNWeights, spec: FFNSpec
+    x: Float[Array, "D"], predicted: Bool[Array, "F"], factors: Float[Array, "F"], ffn: FFNWeights, spec: FFNSpec
 ) -> tuple[Float[Array, "D"], Int[Array, "2"]]:
     def gate_step(rows, hidden):
         threshold = ffn.threshold.at[rows].get(mode="fill", fill_value=0)
         values = activate(spec, _dot(take_rows(ffn.gate, rows), x), threshold)
+        values = values * factors.at[rows].get(mode="fill", fill_value=0)
         if ffn.up is not None and spec.pipeline == "parallel":
             values = values * activate_up(spec, _dot(take_rows(ffn.up, rows), x))
         return hidden.at[rows].set(values, mode="drop")

@@ -1,92 +1,64 @@
-"""Attention of a whole sequence, and of one token over a KV cache, by XLA."""
+"""Attention of new tokens over a KV cache, by XLA."""
 
 import jax
 import jax.numpy as jnp
 
-from jsparse.typing import Array, Bool, Float, Int
+from jsparse.model.cache import SPARE_SLOTS, LayerCache
+from jsparse.typing import Array, Float, Int
 
-KVCache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
-"""Keys and values of one layer. Slot s holds the newest position p with p % S == s, so a cache no longer than the
-sliding window is a ring buffer."""
-
-_QUERY_BLOCK = 512
-
-
-def causal_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], window: int | None
-) -> Float[Array, "B T N H"]:
-    """Attention of a whole sequence, by blocks of queries so that no (T, T) matrix of a long prompt is held."""
-    length = q.shape[1]
-    key_positions = jnp.arange(length)
-
-    def attend(start, queries):
-        ahead = (start + jnp.arange(queries.shape[1]))[:, None] - key_positions[None, :]
-        mask = ahead >= 0
-        if window is not None:
-            mask &= ahead < window
-        return _attention(queries, k, v, mask[None, None])
-
-    if length <= _QUERY_BLOCK:
-        return attend(0, q)
-    # Behind the last query stand some of zeros, whose results are dropped.
-    padded = jnp.pad(q, ((0, 0), (0, -length % _QUERY_BLOCK), (0, 0), (0, 0)))
-    blocks = padded.reshape(q.shape[0], -1, _QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
-    starts = jnp.arange(blocks.shape[0]) * _QUERY_BLOCK
-    out = jax.lax.map(lambda block: attend(*block), (starts, blocks))
-    return out.swapaxes(0, 1).reshape(padded.shape)[:, :length]
-
-
-def _attention(q, k, v, mask):
-    # By default XLA takes fewer bits of float32 on accelerators.
-    with jax.default_matmul_precision("highest"):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
-
-
-def fill_cache(
-    k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], lengths: Int[Array, "B"], slots: int, dtype
-) -> KVCache:
-    """The cache of `slots` slots after a right-padded prompt whose true lengths are given."""
-    newest = lengths[:, None] - 1
-    position = newest - (newest - jnp.arange(slots)) % slots
-    position = jnp.clip(position, 0, k.shape[1] - 1)[:, :, None, None]
-    return tuple(jnp.take_along_axis(side, position, axis=1).astype(dtype) for side in (k, v))
+_QUERY_BLOCK = 128
+"""Tokens whose scores are held at once."""
 
 
 def attend(
-    q: Float[Array, "B N H"],
-    k: Float[Array, "B K H"],
-    v: Float[Array, "B K H"],
-    position: Int[Array, "B"],
-    cache: KVCache,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    start: Int[Array, "B"],
+    count: Int[Array, "B"],
+    cache: LayerCache,
     window: int | None,
-) -> tuple[Float[Array, "B N H"], KVCache]:
-    """Attention of one token per sequence over its cache, which takes the token's key and value first.
+) -> tuple[Float[Array, "B T N H"], LayerCache]:
+    """Attention of the new tokens of each sequence over its cache, which takes their keys and values first.
 
     Args:
-      q, k, v: the token's, rotated.
-      position: of the token.
+      q, k, v: the tokens', rotated.
+      start: position of each sequence's first token.
+      count: how many of its tokens exist; the others write nothing, and what is returned for them means nothing.
       cache: keys and values of the positions before.
-      window: positions a token sees, itself included; None for all.
+      window: positions a token sees, itself included; None for all, which must then have slots of their own.
 
     Returns:
       the attended values and the new cache.
     """
-    cache = write_cache(cache, k, v, position)
-    mask = visible_slots(position, cache[0].shape[1], window)
-    keys, values = (side.astype(q.dtype) for side in cache)
-    return _attention(q[:, None], keys, values, mask[:, None, None, :])[:, 0], cache
+    # As many at a time as leave in a ring what the first of them sees.
+    size = min(q.shape[1], _QUERY_BLOCK if window is None else SPARE_SLOTS)
+    if q.shape[1] == size:
+        return _attend(q, k, v, start, count, cache, window)
+
+    def blocks(x):
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
+        return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def step(cache, block):
+        first, *new = block
+        out, cache = _attend(*new, start + first, jnp.clip(count - first, 0, size), cache, window)
+        return cache, out
+
+    queries = blocks(q)
+    firsts = jnp.arange(len(queries)) * size
+    cache, out = jax.lax.scan(step, cache, (firsts, queries, blocks(k), blocks(v)))
+    return out.swapaxes(0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]], cache
 
 
-def write_cache(
-    cache: KVCache, k: Float[Array, "B K H"], v: Float[Array, "B K H"], position: Int[Array, "B"]
-) -> KVCache:
-    """The cache with one token per sequence written at its position."""
-    rows, slot = jnp.arange(k.shape[0]), position % cache[0].shape[1]
-    return tuple(side.at[rows, slot].set(new.astype(side.dtype)) for side, new in zip(cache, (k, v)))
-
-
-def visible_slots(position: Int[Array, "B"], slots: int, window: int | None) -> Bool[Array, "B S"]:
-    """Which slots the token at `position`, already written, may attend to."""
-    age = (position[:, None] - jnp.arange(slots)) % slots
-    visible = age <= position[:, None]
-    return visible if window is None else visible & (age < window)
+def _attend(q, k, v, start, count, cache, window):
+    cache = cache.write(k, v, start, count)
+    held = cache.positions(start + count - 1)[:, None]
+    age = (start[:, None] + jnp.arange(q.shape[1]))[:, :, None] - held
+    visible = (held >= 0) & (age >= 0)
+    if window is not None:
+        visible &= age < window
+    keys, values = (side.astype(q.dtype) for side in (cache.keys, cache.values))
+    # By default XLA takes fewer bits of float32 on accelerators.
+    with jax.default_matmul_precision("highest"):
+        return jax.nn.dot_product_attention(q, keys, values, mask=visible[:, None]), cache

@@ -97,6 +97,10 @@ class ModelConfig:
         """Whether the FFN zeroes neurons, so that predictors can be fitted."""
         return self.ffn_spec().has_zeros
 
+    def window(self, layer: int) -> int | None:
+        """Positions that a token of this layer sees, itself included; None for all."""
+        return self.sliding_window
+
     def ffn_spec(self, pipeline: Pipeline = "sequential") -> FFNSpec:
         """What the FFN computes, and how sparsely."""
         return dataclasses.replace(KINDS[self.ffn_kind], pipeline=pipeline)

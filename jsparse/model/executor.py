@@ -6,9 +6,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from jsparse.arrays import Matrix
-from jsparse.model.attention import KVCache
+from jsparse.model.cache import LayerCache
 from jsparse.model.config import ModelConfig
 from jsparse.model.ffn import FFNSpec
+from jsparse.model.norm import rms_norm
+from jsparse.model.slots import SlotState
 from jsparse.model.weights import FFNWeights, Linear, Predictor, Weights
 from jsparse.typing import Array, Float, Int
 
@@ -20,18 +22,18 @@ class DecodeLoop(Protocol):
     """A batch of sequences that is decoded some steps at a time."""
 
     @property
-    def finished(self) -> np.ndarray:
-        """(B,) sequences that have ended."""
+    def active(self) -> np.ndarray:
+        """(B,) sequences that have not ended."""
 
     def finish(self, rows: np.ndarray) -> None:
         """Mark sequences (B,) as ended."""
 
-    def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray, list[int] | None]:
+    def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int] | None]:
         """Decode up to `steps` tokens of every sequence.
 
         Returns:
-          tokens (B, steps), PAD after a sequence's end;
-          counts (L, 2) of neurons predicted and active, summed over the steps of sequences that had not ended;
+          tokens (B, n) and how many of them each sequence has (B,): the first ones;
+          counts (L, 2) of neurons predicted and active, summed over these tokens;
           the neurons of each layer whose rows were read for every token, or None where only rows that the counts
           account for were.
         """
@@ -44,7 +46,7 @@ class DecodeLoop(Protocol):
 class Executor(Protocol):
     """A device and how it computes. Frozen, hashable and without arrays: a static argument of `jax.jit`.
 
-    `refuses`, `place` and `loop` have bodies, which are right for executors that compute where JAX does.
+    `refuses`, `place`, `norm` and `loop` have bodies, which are right for executors that compute where JAX does.
     """
 
     name: str
@@ -60,6 +62,10 @@ class Executor(Protocol):
     def rows(self, matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:
         """Rows of the matrix in float32; only those are read, and an index past the end gives zeros."""
 
+    def norm(self, x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
+        """As `rms_norm`."""
+        return rms_norm(x, scale, eps)
+
     def project(
         self, x: Float[Array, "... D"], linears: Sequence[Linear], split: Split = "out"
     ) -> tuple[Float[Array, "... out"], ...]:
@@ -69,7 +75,12 @@ class Executor(Protocol):
         """The FFN over all neurons (the formula is at `FFNSpec`)."""
 
     def sparse_ffn(
-        self, x: Float[Array, "B D"], ffn: FFNWeights, predictor: Predictor, spec: FFNSpec
+        self,
+        x: Float[Array, "B D"],
+        ffn: FFNWeights,
+        predictor: Predictor,
+        spec: FFNSpec,
+        route: Float[Array, "B E"] | None = None,
     ) -> tuple[Float[Array, "B D"], Int[Array, "B 2"]]:
         """The FFN restricted to the predicted neurons, reading the rows of no others.
 
@@ -77,6 +88,8 @@ class Executor(Protocol):
           x: FFN inputs, one token per row; every token has its own active set.
           ffn, predictor: of the layer.
           spec: an FFN that has zeros, and its pipeline.
+          route: what scales the hidden values of each token's neurons, which are E groups of F / E; where it is zero
+            a group is neither scored nor read. None for ones.
 
         Returns:
           y, and counts: neurons predicted active, and those of them whose hidden value is not zero.
@@ -84,14 +97,15 @@ class Executor(Protocol):
 
     def attend(
         self,
-        q: Float[Array, "B N H"],
-        k: Float[Array, "B K H"],
-        v: Float[Array, "B K H"],
-        position: Int[Array, "B"],
-        cache: KVCache,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        start: Int[Array, "B"],
+        count: Int[Array, "B"],
+        cache: LayerCache,
         window: int | None,
-    ) -> tuple[Float[Array, "B N H"], KVCache]:
-        """One token per sequence over its cache, which takes its key and value; as `attention.attend`."""
+    ) -> tuple[Float[Array, "B T N H"], LayerCache]:
+        """New tokens of each sequence over its cache, which takes their keys and values; as `attention.attend`."""
 
     def loop(
         self,
@@ -99,7 +113,8 @@ class Executor(Protocol):
         spec: FFNSpec,
         weights: Weights,
         predictors: Any,
-        state: Any,
+        caches: tuple[LayerCache, ...],
+        state: SlotState,
         choose: Callable | None,
         chunk: int,
     ) -> DecodeLoop | None:
@@ -107,8 +122,9 @@ class Executor(Protocol):
 
         Args:
           weights, predictors: as `place` returned them.
-          state: a `decoding.loop.DecodeState` after the prompts.
-          choose: from logits and keys to tokens and keys; None takes the most likely token.
+          caches, state: after the prompts.
+          choose: from logits (B, V) and the positions (B,) of the tokens to choose to these; None takes the most
+            likely ones.
           chunk: most steps of one `advance`.
         """
         return None

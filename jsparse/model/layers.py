@@ -1,13 +1,12 @@
-"""The decoder's building blocks: norm, rotary embedding, and as Flax Linen modules attention and residual block."""
+"""The decoder's building blocks: rotary embedding, and as Flax Linen modules attention and residual block."""
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.model.attention import KVCache, causal_attention
+from jsparse.model.cache import LayerCache
 from jsparse.model.config import ModelConfig
 from jsparse.model.executor import Executor
 from jsparse.model.weights import AttentionWeights, FFNWeights, Layer
@@ -27,18 +26,29 @@ class FeedForward(Protocol):
 class Rotation(NamedTuple):
     """The rotary embedding at some positions: cosines and signed sines, computed once for all layers."""
 
-    positions: Int[Array, "b T"]
-    cos: Float[Array, "b T 1 H"]
-    signed_sin: Float[Array, "b T 1 H"]
+    cos: Float[Array, "B T 1 H"]
+    signed_sin: Float[Array, "B T 1 H"]
 
     @classmethod
-    def of(cls, positions: Int[Array, "b T"], config: ModelConfig) -> "Rotation":
+    def of(cls, positions: Int[Array, "B T"], config: ModelConfig) -> "Rotation":
         angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(rope_frequencies(config))
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         # Written to an array, or XLA computes them again for every element of every head in every layer.
         table = jnp.zeros((2, *positions.shape, 1, config.head_dim), jnp.float32)
         table = table.at[0].set(jnp.concatenate([cos, cos], axis=-1))
-        return cls(positions, *table.at[1].set(jnp.concatenate([-sin, sin], axis=-1)))
+        return cls(*table.at[1].set(jnp.concatenate([-sin, sin], axis=-1)))
+
+
+class Span(NamedTuple):
+    """Where the new tokens of each sequence stand: `count` of them from position `start` on."""
+
+    start: Int[Array, "B"]
+    count: Int[Array, "B"]
+    rotation: Rotation
+
+    @classmethod
+    def of(cls, start: Int[Array, "B"], count: Int[Array, "B"], length: int, config: ModelConfig) -> "Span":
+        return cls(start, count, Rotation.of(start[:, None] + jnp.arange(length), config))
 
 
 def apply(module: nn.Module, weights: Any, *args: Any, **options: Any) -> Any:
@@ -46,33 +56,24 @@ def apply(module: nn.Module, weights: Any, *args: Any, **options: Any) -> Any:
     return module.apply({"params": {"weights": weights}}, *args, **options)
 
 
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
-    """x over its root mean square, in float32, times the scale."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale.astype(jnp.float32)
-
-
 class Attention(nn.Module):
     """Causal attention with rotary positions, grouped key/value heads and an optional sliding window."""
 
     config: ModelConfig
     executor: Executor
+    window: int | None
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], rotation: Rotation, cache: KVCache | None
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Without a cache attends within x and returns its keys and values; with one, T is 1 and the cache grows."""
+        self, x: Float[Array, "B T D"], span: Span, cache: LayerCache
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """Attention of the new tokens over the cache, which takes them first."""
         c = self.config
         weights: AttentionWeights = self.get_variable("params", "weights")
         inputs = (weights.q, weights.k, weights.v)
         q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in self.executor.project(x, inputs))
-        q, k = (rotate(y, rotation.cos, rotation.signed_sin) for y in (q, k))
-        if cache is None:
-            out, cache = causal_attention(q, k, v, c.sliding_window), (k, v)
-        else:
-            now = (q[:, 0], k[:, 0], v[:, 0], rotation.positions[:, 0])
-            out, cache = self.executor.attend(*now, cache, c.sliding_window)
+        q, k = (rotate(y, *span.rotation) for y in (q, k))
+        out, cache = self.executor.attend(q, k, v, span.start, span.count, cache, self.window)
         return self.executor.project(out.reshape(*x.shape[:2], -1), [weights.o], split="in")[0], cache
 
 
@@ -87,21 +88,23 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        rotation: Rotation,
+        span: Span,
         feed_forward: FeedForward,
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache, Any]:
+        cache: LayerCache,
+    ) -> tuple[Float[Array, "B T D"], LayerCache, Any]:
         c = self.config
         weights: Layer = self.get_variable("params", "weights")
-        normed = rms_norm(x, weights.input_norm, c.norm_eps)
-        attended, cache = apply(Attention(c, self.executor, parent=None), weights.attention, normed, rotation, cache)
+        normed = self.executor.norm(x, weights.input_norm, c.norm_eps)
+        attention = Attention(c, self.executor, c.window(self.layer), parent=None)
+        attended, cache = apply(attention, weights.attention, normed, span, cache)
         x = x + c.residual_scale * attended
-        y, extras = feed_forward(self.layer, rms_norm(x, weights.post_attention_norm, c.norm_eps), weights.ffn)
+        normed = self.executor.norm(x, weights.post_attention_norm, c.norm_eps)
+        y, extras = feed_forward(self.layer, normed, weights.ffn)
         return x + c.residual_scale * y, cache, extras
 
 
 def rotate(
-    x: Float[Array, "B T n H"], cos: Float[Array, "b T 1 H"], signed_sin: Float[Array, "b T 1 H"]
+    x: Float[Array, "B T n H"], cos: Float[Array, "B T 1 H"], signed_sin: Float[Array, "B T 1 H"]
 ) -> Float[Array, "B T n H"]:
     """Rotary position embedding in the half-split layout of the Llama checkpoints."""
     # Halves change places by an index, which XLA for GPUs makes part of the product; a roll is a kernel of its own.

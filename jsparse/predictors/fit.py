@@ -17,9 +17,10 @@ import numpy as np
 from jsparse.arrays import Matrix, dequantize, take_rows
 from jsparse.errors import JsparseError
 from jsparse.executors.xla import Xla, activate, activate_up, linear
+from jsparse.model.cache import cache_dtype, make_cache
 from jsparse.model.config import ModelConfig
 from jsparse.model.ffn import FFNSpec
-from jsparse.model.layers import Block, Rotation, apply
+from jsparse.model.layers import Block, Span, apply
 from jsparse.model.weights import FFNWeights, Layer, Params, Predictor
 from jsparse.predictors.options import CalibrationOptions, LayerReport
 from jsparse.predictors.state import CalibrationState
@@ -79,9 +80,11 @@ def fit_layers(
         embed = take_rows(params.weights.embed, jnp.asarray(rows.reshape(-1)))
         hidden = np.array(config.embed_scale * embed).reshape(*rows.shape, -1)
         del embed
+    # As in generation, where float16 gives way to float32 if it may not hold the keys.
+    dtype = cache_dtype(params.weights.embed).replace("float16", "float32")
     for layer in range(first, config.num_layers):
         block = params.weights.layers[layer]
-        inputs = _run_block(block, hidden, config, layer)
+        inputs = _run_block(block, hidden, config, layer, dtype)
         predictor, report = fit_layer(block.ffn, inputs, config, options, layer)
         del inputs
         if state:
@@ -158,25 +161,29 @@ def _block_statistics(
     return scores, cost, hidden != 0
 
 
-@partial(jax.jit, static_argnames="config")
-def _block_step(block, hidden, config):
+@partial(jax.jit, static_argnames=("config", "layer", "dtype"))
+def _block_step(block, hidden, config, layer, dtype):
     def feed_forward(_, x, ffn):
         return Xla().dense_ffn(x, ffn, config.ffn_spec()), x
 
-    rotation = Rotation.of(jnp.arange(hidden.shape[1])[None], config)
-    out, _, inputs = apply(Block(config, Xla(), 0), block, hidden, rotation, feed_forward)
+    batch, length = hidden.shape[:2]
+    span = Span.of(jnp.zeros(batch, jnp.int32), jnp.full(batch, length), length, config)
+    cache = make_cache(config, layer, batch, length, dtype)
+    out, _, inputs = apply(Block(config, Xla(), layer), block, hidden, span, feed_forward, cache)
     return out, inputs
 
 
 def _run_block(
-    block: Layer, hidden: Float[np.ndarray, "rows T D"], config: ModelConfig, layer: int
+    block: Layer, hidden: Float[np.ndarray, "rows T D"], config: ModelConfig, layer: int, dtype: str
 ) -> Float[np.ndarray, "rows t D"]:
     """Replace `hidden` by the layer's output; returns the layer's FFN inputs without the first position."""
     inputs = np.empty((hidden.shape[0], max(1, hidden.shape[1] - 1), hidden.shape[2]), np.float32)
     size = max(1, _TOKEN_BLOCK // hidden.shape[1])
+    # One program for all layers whose attention is alike.
+    alike = next(other for other in range(config.num_layers) if config.window(other) == config.window(layer))
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
-        hidden[rows], x = _block_step(block, hidden[rows], config)
+        hidden[rows], x = _block_step(block, hidden[rows], config, alike, dtype)
         inputs[rows] = x[:, -inputs.shape[1] :]
     if not (np.isfinite(hidden).all() and np.isfinite(inputs).all()):
         raise JsparseError(f"layer {layer} gives NaN or infinite activations; the checkpoint's weights are damaged")

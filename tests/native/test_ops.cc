@@ -263,6 +263,23 @@ void TestLinear(const Case& c) {
   }
 }
 
+void TestRmsNorm(const Case& c) {
+  for (int64_t n : {1, 3, 64, 517}) {
+    for (int64_t num_x : {1, 19}) {
+      const std::vector<float> x = c.random.Vector(num_x * n), scale = c.random.Vector(n);
+      std::vector<float> found(num_x * n);
+      RmsNorm(c.context(), x.data(), num_x, n, scale.data(), 0.01f, found.data());
+      std::vector<double> wanted(num_x * n);
+      for (int64_t m = 0; m < num_x; ++m) {
+        double mean = 0.01;
+        for (int64_t i = 0; i < n; ++i) mean += double{x[m * n + i]} * x[m * n + i] / n;
+        for (int64_t i = 0; i < n; ++i) wanted[m * n + i] = x[m * n + i] / std::sqrt(mean) * scale[i];
+      }
+      ExpectClose(found, wanted, 1e-6, c.name + " rms_norm " + std::to_string(n));
+    }
+  }
+}
+
 struct FfnCase {
   Stored gate, up, down_t, a, b;
   std::vector<float> x, bias, threshold;
@@ -340,6 +357,14 @@ void TestFfn(const Case& c) {
           if (kind.activation == Activation::kSilu) continue;
           for (float bias : {-INFINITY, 0.0f, INFINITY}) {
             f.bias.assign(shape.neurons, bias);
+            for (int64_t m = 0; m < num_x; ++m) {  // rounding must not decide
+              const std::vector<double> scores = Product(f.b, Product(f.a, f.Token(m)));
+              double largest = 0;
+              for (double score : scores) largest = std::fmax(largest, std::fabs(score));
+              for (int64_t j = 0; j < shape.neurons; ++j) {
+                if (bias == 0 && std::fabs(scores[j]) < 1e-3 * largest) f.bias[j] = INFINITY;
+              }
+            }
             for (bool parallel : {false, true}) {
               spec.parallel = parallel;
               SparseFfn(c.context(), f.x.data(), num_x, f.ffn(spec), f.predictor(), spec, kAll, y.data(), counts.data());
@@ -398,11 +423,16 @@ void TestCompany(const Case& c) {
       const FfnSpec spec{Activation::kRelu, UpActivation::kLinear, false};
       std::vector<float> linear(num_x * 230), dense(num_x * 517), sparse(num_x * 517), alone(517);
       std::vector<int32_t> counts(num_x * 2);
+      std::vector<float> norm(num_x * 517);
+      const std::vector<float> scale = c.random.Vector(517);
+      RmsNorm(c.context(), f.x.data(), num_x, 517, scale.data(), 1e-5f, norm.data());
       Linear(c.context(), f.x.data(), num_x, {f.gate.view}, {linear.data()});
       DenseFfn(c.context(), f.x.data(), num_x, f.ffn(spec), spec, dense.data());
       SparseFfn(c.context(), f.x.data(), num_x, f.ffn(spec), f.predictor(), spec, kAll, sparse.data(), counts.data());
       for (int64_t m = 0; m < num_x; ++m) {
         const float* x = f.x.data() + m * 517;
+        RmsNorm(c.context(), x, 1, 517, scale.data(), 1e-5f, alone.data());
+        same(norm.data() + m * 517, alone.data(), 517, "norm " + what);
         Linear(c.context(), x, 1, {f.gate.view}, {alone.data()});
         same(linear.data() + m * 230, alone.data(), 230, "linear " + what);
         DenseFfn(c.context(), x, 1, f.ffn(spec), spec, alone.data());
@@ -602,6 +632,7 @@ int main() {
     TestTakeRows(c);
     TestFloat16(c);
     TestLinear(c);
+    TestRmsNorm(c);
     TestFfn(c);
     TestRoute(c);
     TestCompany(c);

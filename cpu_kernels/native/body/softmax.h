@@ -1,4 +1,4 @@
-// The exponentials of a softmax, and the bandwidth probe. A part of kernels_body.h.
+// The exponentials of a softmax, the norm, and the bandwidth probe. A part of kernels_body.h.
 
 // Cody-Waite reduction to |r| <= ln(2) / 2 and a Taylor polynomial of degree 7: within 2 units in the last place.
 INLINE vf Exp(vf x) {
@@ -64,6 +64,31 @@ KERNEL float Exponentiate(float* p, int64_t n, float* max) {
     memcpy(p + i, tail, (n - i) * sizeof(float));
   }
   return Sum(sum);
+}
+
+KERNEL void RmsNorm(const float* x, int64_t n, const float* scale, float eps, float* out) {
+  constexpr int kSums = 4;  // no addition waits for the one before
+  vf sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums * kLanes <= n; i += kSums * kLanes) {
+    UNROLL
+    for (int s = 0; s < kSums; ++s) {
+      const vf value = Load<vf>(x + i + s * kLanes);
+      sums[s] += value * value;
+    }
+  }
+  for (; i < n; i += kLanes) {
+    float tail[kLanes] = {};
+    memcpy(tail, x + i, (n - i < kLanes ? n - i : kLanes) * sizeof(float));
+    const vf value = Load<vf>(tail);
+    sums[0] += value * value;
+  }
+  const float mean = Sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / n;
+  const float factor = 1.0f / __builtin_sqrtf(mean + eps);
+  for (i = 0; i + kLanes <= n; i += kLanes) {
+    Store(out + i, Load<vf>(x + i) * factor * Load<vf>(scale + i));
+  }
+  for (; i < n; ++i) out[i] = x[i] * factor * scale[i];
 }
 
 KERNEL uint64_t Read(const void* data, int64_t bytes) {

@@ -1,0 +1,145 @@
+"""Tokens over a cache: any number of them in a pass gives what one at a time gives, on every executor."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, random_params
+
+import jsparse
+from jsparse.decoding.forward import Model, forward
+from jsparse.decoding.loop import initial_state, step_chunk
+from jsparse.decoding.sampling import Sampling
+from jsparse.executors.kernels import KernelExecutor
+from jsparse.executors.npu import Npu
+from jsparse.executors.select import unavailable
+from jsparse.executors.xla import Xla
+from jsparse.model.cache import make_caches
+from jsparse.model.executor import Executor
+from jsparse.model.weights import Predictor
+
+CONFIG = dataclasses.replace(
+    TINY, hidden_size=100, head_dim=26, intermediate_size=200, num_layers=2, context_length=1024
+)
+WINDOWED = dataclasses.replace(CONFIG, sliding_window=40)
+LENGTHS = np.array([560, 300, 0], np.int32)
+"""Of three sequences: one that goes round its ring many times, one that ends earlier, and one that is idle."""
+PLAN = (1, 2, 16, 512, 16, 13)
+"""Tokens of each pass; they begin at any position, and at some of them sequences end."""
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, sum(PLAN))).astype(np.int32)
+
+
+def executors() -> list:
+    native = pytest.mark.skipif(unavailable("cpu") is not None, reason="there is no native extension")
+    return [
+        pytest.param(KernelExecutor("cpu"), id="cpu", marks=native),
+        pytest.param(Xla(), id="xla"),
+        pytest.param(KernelExecutor("cuda"), id="cuda interpreted"),
+        pytest.param(Npu(Xla(), "cpu", whole=False), id="cann on PyTorch's CPU"),
+    ]
+
+
+def fitted(config: jsparse.ModelConfig, dtype: str) -> jsparse.Params:
+    """With predictors at random, of which about half of the neurons pass."""
+    params = random_params(config)
+    weights = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim == 2 else leaf, params.weights)
+    rng = np.random.default_rng(1)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    size, width = config.intermediate_size, config.hidden_size
+    predictors = tuple(Predictor(draw(8, width), draw(size, 8), draw(size)) for _ in range(config.num_layers))
+    return dataclasses.replace(params, weights=weights, predictors=predictors)
+
+
+def run(params: jsparse.Params, executor: Executor, sparse: bool, dtype: str, plan: tuple[int, ...]):
+    """Logits (B, T, V), counts (L, B, 2) and caches after all tokens, taken as the plan says."""
+    config = params.config
+    model = Model(config, executor, config.ffn_spec())
+    weights, predictors = executor.place(params.weights, params.predictors if sparse else None)
+    step = jax.jit(partial(forward, model=model, logits="all"), donate_argnums=5)
+    caches = make_caches(config, len(LENGTHS), TOKENS.shape[1], dtype)
+    at, logits, total = 0, [], 0
+    for size in plan:
+        start, count = np.full_like(LENGTHS, at), np.clip(LENGTHS - at, 0, size)
+        found, caches, counts = step(weights, predictors, TOKENS[:, at : at + size], start, count, caches)
+        logits.append(np.asarray(found))
+        total = total + np.asarray(counts)
+        at += size
+    return np.concatenate(logits, axis=1), total, caches
+
+
+@pytest.mark.parametrize("executor", executors())
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("config", [CONFIG, WINDOWED], ids=["all positions", "window"])
+def test_passes_of_any_size_are_single_steps(config, sparse, executor):
+    is_cpu = executor == KernelExecutor("cpu")
+    for dtype in ("float32", "bfloat16") if is_cpu else ("float32",):
+        params = fitted(config, dtype)
+        alone, counts_alone, caches_alone = run(params, executor, sparse, dtype, (1,) * sum(PLAN))
+        together, counts, caches = run(params, executor, sparse, dtype, PLAN)
+        for row, length in enumerate(LENGTHS):
+            if is_cpu:
+                np.testing.assert_array_equal(together[row, :length], alone[row, :length])
+            else:
+                np.testing.assert_allclose(together[row, :length], alone[row, :length], rtol=0, atol=1e-5)
+        # Of the executors that round otherwise for several tokens, a score next to zero may fall on its other side.
+        np.testing.assert_allclose(counts, counts_alone, rtol=0, atol=0 if is_cpu else 2)
+        assert not counts[:, 2].any()
+        for side, wanted in zip(jax.tree.leaves(caches), jax.tree.leaves(caches_alone)):
+            if is_cpu:
+                np.testing.assert_array_equal(np.asarray(side, np.float32), np.asarray(wanted, np.float32))
+            else:
+                np.testing.assert_allclose(side, wanted, rtol=0, atol=1e-5)
+            assert not side[2].any(), "something was written for an idle sequence"
+
+
+@pytest.mark.parametrize("executor", executors())
+def test_an_idle_sequence_keeps_its_cache(executor):
+    params = fitted(WINDOWED, "float32")
+    model = Model(WINDOWED, executor, WINDOWED.ffn_spec())
+    weights, predictors = executor.place(params.weights, params.predictors)
+    caches = make_caches(WINDOWED, 2, 600, "bfloat16")
+    caches = jax.tree.map(lambda side: jax.random.normal(jax.random.key(0), side.shape).astype(side.dtype), caches)
+    before = [np.asarray(side, np.float32) for side in jax.tree.leaves(caches)]
+    for size in (1, 5):
+        start, count = np.array([70, 100], np.int32), np.array([0, size], np.int32)
+        _, caches, counts = forward(weights, predictors, TOKENS[:2, :size], start, count, caches, model=model)
+        assert not counts[:, 0].any()
+        assert counts[:, 1].all()
+        for side, old in zip(jax.tree.leaves(caches), before):
+            np.testing.assert_array_equal(np.asarray(side[0], np.float32), old[0])
+            assert (np.asarray(side[1], np.float32) != old[1]).any()
+
+
+def test_logits_of_the_last_token_or_none():
+    params = fitted(CONFIG, "float32")
+    model = Model(CONFIG, Xla(), CONFIG.ffn_spec())
+    start, count = np.zeros(2, np.int32), np.array([7, 3], np.int32)
+    operands = params.weights, None, TOKENS[:2, :7], start, count, make_caches(CONFIG, 2, 64, "float32")
+    every, caches, _ = forward(*operands, model=model, logits="all")
+    last, _, _ = forward(*operands, model=model)
+    np.testing.assert_allclose(last, every[[0, 1], count - 1], rtol=0, atol=1e-5)
+    nothing, same, _ = forward(*operands, model=model, logits="none")
+    assert nothing is None
+    np.testing.assert_array_equal(same[1].keys, caches[1].keys)
+
+
+@pytest.mark.skipif(unavailable("cpu") is not None, reason="there is no native extension")
+def test_a_decode_step_copies_nothing_of_a_caches_shape():
+    params = fitted(WINDOWED, "bfloat16")
+    executor = KernelExecutor("cpu")
+    model = Model(WINDOWED, executor, WINDOWED.ffn_spec())
+    ones = np.ones(1, np.int32)
+    caches = make_caches(WINDOWED, 1, 1024, "bfloat16")
+    state = initial_state(ones, ones, 0, Sampling.create(CONFIG.vocab_size))
+    operands = params.weights, params.predictors, caches, state, jnp.int32(4)
+    text = step_chunk.lower(*operands, model=model).compile().as_text()
+    shape = "bf16[" + ",".join(map(str, caches[0].keys.shape)) + "]"
+    assert shape in text
+    copies = [line for line in text.splitlines() if " copy(" in line and shape in line.partition(" copy(")[0]]
+    assert not copies
