@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.arrays import QuantizedRows
+from jsparse.arrays import Rows
 from jsparse.model.weights import FFNWeights, Predictor
 
 NEURONS, GROUPS, THREADS, COLUMNS = 32, 4, 256, 8
@@ -64,7 +64,7 @@ class CudaC:
         """One layer: four launches."""
         s = self._scratch
         num_neurons, width, rank, blocks, programs = (np.int32(size) for size in self._sizes)
-        is_int4 = isinstance(predictor.a, QuantizedRows)
+        is_int4 = isinstance(predictor.a, Rows)
         bits = "int4" if is_int4 else "float16"
         a, b = ((m.values, m.scale) if is_int4 else (m,) for m in (predictor.a, predictor.b))
         warps = THREADS // 32

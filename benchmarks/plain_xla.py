@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jsparse.arrays import Matrix, QuantizedRows
+from jsparse.arrays import Matrix, Rows
 from jsparse.executors.xla import Xla, activate, activate_up
 from jsparse.model.executor import Split
 from jsparse.model.ffn import FFNSpec
@@ -42,6 +42,6 @@ def _linear(x: jax.Array, weight: Matrix) -> jax.Array:
 
 
 def _stored(matrix: Matrix) -> tuple[jax.Array, jax.Array | float]:
-    if isinstance(matrix, QuantizedRows):
-        return matrix.values.astype(jnp.bfloat16), matrix.scale
+    if isinstance(matrix, Rows):
+        return matrix.values.astype(jnp.bfloat16), matrix.scale[:, 0]
     return matrix, 1.0

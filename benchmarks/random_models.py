@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jsparse
-from jsparse.arrays import Matrix, QuantizedRows, aligned_empty, cast, dequantize
+from jsparse.arrays import Matrix, Rows, Storage, aligned_empty, cast, dequantize
 from jsparse.model.weights import FFNWeights, Predictor
 
 ACTIVE = 0.1
@@ -49,8 +49,8 @@ class Layer:
     """One layer's FFN in bfloat16 and the factors of its gate."""
 
     ffn: FFNWeights
-    a: QuantizedRows
-    b: QuantizedRows
+    a: Rows
+    b: Rows
 
     def stored(self, dtype: str) -> FFNWeights:
         """The FFN in its own memory, in that dtype."""
@@ -79,8 +79,8 @@ def random_layer(config: jsparse.ModelConfig, leading_rank: int, seed: int = 0) 
 
     def int4(rows, columns, scale):
         nibbles = rng.integers(1, 16, (2, rows, columns // 2), np.uint8)
-        scale = jnp.asarray(np.broadcast_to(scale / _INT4_DEVIATION, rows), jnp.float32)
-        return QuantizedRows(jnp.asarray(nibbles[0] | nibbles[1] << 4), scale, 4, columns)
+        scale = jnp.asarray(np.broadcast_to(scale / _INT4_DEVIATION, (rows, 1)), jnp.float32)
+        return Rows(jnp.asarray(nibbles[0] | nibbles[1] << 4), scale, Storage("int4"), columns)
 
     a = int4(rank, width, np.sqrt(energy / width))
     b = int4(neurons, rank, 1.0)

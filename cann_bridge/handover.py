@@ -128,6 +128,8 @@ def _moved(matrix: Matrix, device, dtype, columns: int | None = None):
         _check_finite(tensor, f"a weight of shape {tuple(matrix.shape)}", dtype)
         return tensor.to(device)
     values, scale = (borrow(array).to(device) for array in matrix)
+    if tuple(scale.shape) != (values.shape[0], 1):
+        raise ValueError(f"scales of shape {tuple(scale.shape)}; a row has one on this device")
     parts = []
     for start in range(0, values.shape[0], _ROWS):
         rows = values[start : start + _ROWS]
@@ -135,7 +137,7 @@ def _moved(matrix: Matrix, device, dtype, columns: int | None = None):
             rows = torch.stack([(rows & 15).to(torch.float32) - 8, (rows >> 4).to(torch.float32) - 8], dim=2).flatten(1)
         if columns is not None and columns != rows.shape[1]:
             rows = rows[:, :columns].contiguous()
-        parts.append((rows.to(torch.float32) * scale[start : start + _ROWS, None]).to(dtype))
+        parts.append((rows.to(torch.float32) * scale[start : start + _ROWS]).to(dtype))
         _check_finite(parts[-1], f"a weight of {values.shape[0]} rows", dtype)
     return torch.cat(parts)
 

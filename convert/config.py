@@ -7,43 +7,18 @@ from the weights.
 """
 
 import dataclasses
-import math
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from convert.errors import ConversionError
+from convert.families import FAMILIES, Family
 from convert.fields import Fields
 from convert.files import read_json
 from jsparse.errors import listing
 from jsparse.model.config import PRESETS, ModelConfig, RopeScaling
 from jsparse.model.ffn import KINDS
 
-_LLAMA = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
-_MISTRAL = _LLAMA | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,
-    "sparsellama": _LLAMA,
-    "mistral": _MISTRAL,
-    "bamboo": _MISTRAL,
-    "qwen2": {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    "minicpm": _LLAMA | {"tie_word_embeddings": True},
-}
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "sparsellama": "SparseLlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "bamboo": "BambooForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "minicpm": "MiniCPMForCausalLM",
-}
 _OWNERS = "|".join({re.escape(name.lower().partition("/")[0]) for name in PRESETS})
 _REPOSITORY = re.compile(rf"^(.*/|models--[^/]*?--|({_OWNERS})_{{1,2}})")
 """What stands before a repository's own name in a path's last part."""
@@ -56,11 +31,13 @@ class Reading:
 
     Attributes:
       config: the architecture.
+      family: of the checkpoint.
       reason: one sentence: which FFN kind was taken and why.
       doubtful: whether the sentence is a warning that another kind may be meant.
     """
 
     config: ModelConfig
+    family: Family
     reason: str
     doubtful: bool
 
@@ -78,14 +55,14 @@ def read_config(directory: Path, ffn: str | None = None) -> Reading:
     """
     path = directory / "config.json"
     raw = read_json(path)
-    model_type = _model_type(path, raw)
-    fields = Fields(_DEFAULTS[model_type] | raw)
+    family = _family(path, raw)
+    fields = Fields(dict(family.defaults) | raw)
     generation = directory / "generation_config.json"
     tokens = read_json(generation) if os.path.lexists(generation) else {}
 
     repository = _repository(directory, raw)
-    kind, threshold, reason, doubtful = _choose_ffn(fields, model_type, repository, ffn)
-    _refuse_unimplemented(fields, model_type)
+    kind, threshold, reason, doubtful = _choose_ffn(fields, family, repository, ffn)
+    _refuse_unimplemented(fields)
     theta, scaling = _rope(fields)
     architecture = {
         "hidden_size": fields.number("hidden_size", int),
@@ -102,13 +79,11 @@ def read_config(directory: Path, ffn: str | None = None) -> Reading:
         "eos_token_ids": fields.token_ids("eos_token_id", tokens),
     }
     architecture["num_kv_heads"] = architecture["num_kv_heads"] or architecture["num_heads"]
-    architecture["sliding_window"] = _sliding_window(fields, model_type, architecture["num_layers"])
     within = range(architecture["vocab_size"])  # -1 and the like stand for no token
     architecture["eos_token_ids"] = tuple(token for token in architecture["eos_token_ids"] if token in within)
     if architecture["bos_token_id"] not in within:
         architecture["bos_token_id"] = None
-    if model_type == "minicpm":
-        architecture |= _minicpm_scales(fields, architecture)
+    architecture |= family.read(fields, architecture)
     heads, width = architecture["num_heads"], architecture["hidden_size"]
     if not fields.raw.get("head_dim") and heads > 0 and width % heads:
         fields.problems.append(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
@@ -123,24 +98,23 @@ def read_config(directory: Path, ffn: str | None = None) -> Reading:
             ffn_threshold=threshold,
             rope_theta=theta,
             rope_scaling=scaling,
-            qkv_bias=model_type == "qwen2",
             name=repository or str(raw.get("_name_or_path") or directory.absolute().name),
         )
     except ValueError as error:
         raise ConversionError(f"{path}: {error}") from None
-    return Reading(config, reason, doubtful)
+    return Reading(config, family, reason, doubtful)
 
 
-def _model_type(path: Path, raw: dict) -> str:
-    known = {architecture: model_type for model_type, architecture in ARCHITECTURES.items()}
+def _family(path: Path, raw: dict) -> Family:
+    known = {family.architecture: family.model_type for family in FAMILIES.values()}
     architectures = raw.get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     model_type = str(raw.get("model_type") or known.get(architecture, architecture))
-    if model_type not in _DEFAULTS:
+    if model_type not in FAMILIES:
         raise ConversionError(
-            f"{path}: unknown architecture {model_type!r}; the known model types are {', '.join(_DEFAULTS)}"
+            f"{path}: unknown architecture {model_type!r}; the known model types are {', '.join(FAMILIES)}"
         )
-    return model_type
+    return FAMILIES[model_type]
 
 
 def _repository(directory: Path, raw: dict) -> str | None:
@@ -157,12 +131,12 @@ def _repository(directory: Path, raw: dict) -> str | None:
 
 
 def _choose_ffn(
-    fields: Fields, model_type: str, repository: str | None, override: str | None
+    fields: Fields, family: Family, repository: str | None, override: str | None
 ) -> tuple[str, float, str, bool]:
     """The FFN kind, its threshold, the sentence that says why, and whether another kind may be meant."""
     if override is not None and override not in tuple(KINDS):
         raise ConversionError(f"ffn is {override!r} and must be one of {', '.join(KINDS)}")
-    declared = str(fields.raw.get("hidden_act") or "silu")
+    declared, model_type = str(fields.raw.get("hidden_act") or "silu"), family.model_type
     preset = PRESETS.get(repository or "")
     own = fields.raw.get("ffn_kind")
     doubtful = False
@@ -172,8 +146,8 @@ def _choose_ffn(
         kind, why = own, "config.json, written by jsparse, says so"
         if own not in tuple(KINDS):
             fields.problems.append(f"ffn_kind is {own!r} and must be one of {', '.join(KINDS)}")
-    elif model_type == "bamboo":
-        kind, why = "drelu", "bamboo models apply ReLU to both gate_proj and up_proj"
+    elif family.ffn_kind is not None:
+        kind, why = family.ffn_kind, f"{model_type} models apply ReLU to both gate_proj and up_proj"
     elif declared == "relu" and preset is not None and preset.ffn_kind == "drelu":
         kind, why = "drelu", f"recognised as {repository}, although config.json declares {model_type} with relu"
     elif declared == "relu" and model_type == "qwen2":
@@ -194,14 +168,16 @@ def _choose_ffn(
     return kind, threshold, f"FFN kind {kind}: {why}.", doubtful
 
 
-def _refuse_unimplemented(fields: Fields, model_type: str) -> None:
+def _refuse_unimplemented(fields: Fields) -> None:
+    by_layer = "attention that differs by layer is not implemented"
     reasons = {
-        "attention_bias": "biases on all attention projections are not implemented",
         "mlp_bias": "biases in the FFN are not implemented",
         "quantization_config": "the weights are quantised; convert the unquantised checkpoint",
+        "interleaved_sliding_window": by_layer,
+        "sliding_window_pattern": by_layer,
+        "no_rope_layers": by_layer,
+        "no_rope_layer_interval": by_layer,
     }
-    if model_type == "qwen2":
-        del reasons["attention_bias"]
     for key, reason in reasons.items():
         if fields.raw.get(key):
             fields.problems.append(f"{key} is set: {reason}")
@@ -245,49 +221,3 @@ def _context_length(fields: Fields, scaling: RopeScaling | None) -> int:
     if scaling is None or scaling.kind != "linear" or rope.get("original_max_position_embeddings"):
         return length
     return max(length, round(length * scaling.factor))
-
-
-def _sliding_window(fields: Fields, model_type: str, layers: int) -> int | None:
-    """The window of all layers, None where they see all; what differs by layer is a problem."""
-    window = None
-    if model_type in ("mistral", "bamboo", "qwen2"):
-        window = fields.number("sliding_window", int, optional=True)
-    if window is not None and window < 1:
-        fields.problems.append(f"sliding_window is {window} and must be at least 1 or null")
-    for key in ("interleaved_sliding_window", "sliding_window_pattern", "no_rope_layers", "no_rope_layer_interval"):
-        if fields.raw.get(key):
-            fields.problems.append(f"{key} is set: attention that differs by layer is not implemented")
-    if model_type == "qwen2" and not fields.raw.get("use_sliding_window"):
-        window = None
-    types = fields.raw.get("layer_types")
-    if types is None and model_type != "qwen2":
-        return window
-    if types is None:  # Qwen2 slides from a layer on
-        first = fields.number("max_window_layers", int)
-        kinds = {"full_attention"} if first > 0 else set()
-        kinds |= {"sliding_attention"} if first < layers else set()
-    else:
-        kinds = set(map(str, types)) if isinstance(types, list) and len(types) == layers else {"other"}
-    if not kinds <= {"sliding_attention", "full_attention"}:
-        fields.problems.append(f"layer_types is {types!r}, not sliding_attention or full_attention for each layer")
-        return window
-    if kinds == {"full_attention"} or (model_type == "qwen2" and window is None):
-        return None
-    if len(kinds) > 1:
-        fields.problems.append(
-            "a sliding window on some layers only (max_window_layers, layer_types) is not implemented"
-        )
-    elif window is None:
-        fields.problems.append(f"layer_types asks for a sliding window, which {model_type} has none of here")
-    return window
-
-
-def _minicpm_scales(fields: Fields, architecture: dict) -> dict[str, float]:
-    scales = {
-        "embed_scale": fields.number("scale_emb", float),
-        "residual_scale": fields.number("scale_depth", float),
-        "logit_scale": fields.number("dim_model_base", float),
-    }
-    scales["residual_scale"] /= math.sqrt(max(architecture["num_layers"], 1))
-    scales["logit_scale"] /= max(architecture["hidden_size"], 1)
-    return scales

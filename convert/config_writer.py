@@ -1,9 +1,7 @@
 """A `ModelConfig` as Hugging Face `config.json`."""
 
-import math
-
-from convert.config import ARCHITECTURES
 from convert.errors import ConversionError
+from convert.families import FAMILIES, Family
 from jsparse.errors import listing
 from jsparse.model.config import ModelConfig
 
@@ -14,36 +12,47 @@ def write_config(config: ModelConfig, dtype: str) -> dict:
     Raises:
       ConversionError: no transformers architecture has this combination of features.
     """
-    scaled = (config.embed_scale, config.residual_scale, config.logit_scale) != (1.0, 1.0, 1.0)
-    if config.qkv_bias:
-        model_type = "qwen2"
-    elif scaled:
-        model_type = "minicpm"
-    elif config.ffn_kind == "drelu":
-        model_type = "bamboo"
-    elif config.sliding_window is not None:
-        model_type = "mistral"
-    else:
-        model_type = "sparsellama" if config.ffn_kind == "fatrelu" else "llama"
-    unsupported = [
-        name
-        for name, wanted in (
-            ("MiniCPM scales with q/k/v biases", scaled and config.qkv_bias),
-            ("an FFN without up_proj", config.ffn_spec().up is None),
-            ("MiniCPM scales with a sliding window", scaled and config.sliding_window is not None),
-        )
-        if wanted
-    ]
+    family, unsupported = family_of(config), []
+    if is_scaled(config) and family.model_type != "minicpm":
+        unsupported.append("MiniCPM scales with biases on q, k and v alone")
+    if is_scaled(config) and config.sliding_window is not None:
+        unsupported.append("MiniCPM scales with a sliding window")
+    if config.attention_bias == "all" and family.model_type in ("mistral", "bamboo"):
+        unsupported.append("biases on all attention projections with a sliding window or ReLU on gate and up")
+    if config.ffn_spec().up is None:
+        unsupported.append("an FFN without up_proj")
+    if config.rotates is not None:
+        unsupported.append("rotary positions in some layers only")
+    if reason := config.unimplemented():
+        raise ConversionError(reason)
     if unsupported:
         raise ConversionError(f"no Hugging Face architecture has {listing(unsupported)}")
-    return _spelled(config, model_type, dtype)
+    return _spelled(config, family, dtype)
 
 
-def _spelled(config: ModelConfig, model_type: str, dtype: str) -> dict:
+def family_of(config: ModelConfig) -> Family:
+    """The family that a model is written as."""
+    if config.attention_bias == "qkv":
+        return FAMILIES["qwen2"]
+    if is_scaled(config):
+        return FAMILIES["minicpm"]
+    if config.ffn_kind == "drelu":
+        return FAMILIES["bamboo"]
+    if config.sliding_window is not None:
+        return FAMILIES["mistral"]
+    return FAMILIES["sparsellama" if config.ffn_kind == "fatrelu" else "llama"]
+
+
+def is_scaled(config: ModelConfig) -> bool:
+    """Whether a model has factors of MiniCPM's."""
+    return (config.embed_scale, config.residual_scale, config.logit_scale) != (1.0, 1.0, 1.0)
+
+
+def _spelled(config: ModelConfig, family: Family, dtype: str) -> dict:
     scaling = config.rope_scaling
     content = {
-        "architectures": [ARCHITECTURES[model_type]],
-        "model_type": model_type,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "_name_or_path": config.name,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -82,14 +91,4 @@ def _spelled(config: ModelConfig, model_type: str, dtype: str) -> dict:
         }
     if config.ffn_kind == "fatrelu":
         content["hidden_act_param"] = config.ffn_threshold
-    if model_type in ("mistral", "bamboo", "qwen2"):
-        content["sliding_window"] = config.sliding_window
-    if model_type == "qwen2":
-        content |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
-    if model_type == "minicpm":
-        content |= {
-            "scale_emb": config.embed_scale,
-            "scale_depth": round(config.residual_scale * math.sqrt(config.num_layers), 12),
-            "dim_model_base": round(config.logit_scale * config.hidden_size, 9),
-        }
-    return content
+    return content | family.write(config)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from convert.config import read_config
-from convert.config_writer import write_config
+from convert.config_writer import family_of, write_config
 from convert.errors import ConversionError
 from convert.files import new_directory
 from convert.mapping import (
@@ -23,7 +23,7 @@ from convert.mapping import (
     with_prefix,
 )
 from convert.tensors import open_checkpoint, read_safetensors
-from jsparse.arrays import DTYPES, QuantizedRows
+from jsparse.arrays import DTYPES, Rows
 from jsparse.directories import read_path
 from jsparse.errors import listing
 from jsparse.model.parameters import check_params
@@ -57,7 +57,7 @@ def from_huggingface(directory: str | Path, *, ffn: str | None = None, dtype: st
     _look_for_adapter(directory)
     reading = read_config(directory, ffn)
     logger.log(logging.WARNING if reading.doubtful else logging.INFO, "%s", reading.reason)
-    stored = with_prefix(open_checkpoint(directory), reading.config)
+    stored = with_prefix(open_checkpoint(directory), reading.config, reading.family)
     if any(name.endswith(TRAINED_PREDICTOR) for name in stored):
         logger.info(
             "The checkpoint's own predictors are left out, and with them the mask by which its code multiplies the "
@@ -70,7 +70,7 @@ def from_huggingface(directory: str | Path, *, ffn: str | None = None, dtype: st
         )
         config = dataclasses.replace(config, tie_embeddings=False)
     tokenizer = load_tokenizer(directory)
-    return Params(config, read_weights(stored, config, dtype), None, tokenizer)
+    return Params(config, read_weights(stored, config, reading.family, dtype), None, tokenizer)
 
 
 def _look_for_adapter(directory: Path) -> None:
@@ -102,8 +102,8 @@ def to_huggingface(params: Params, directory: str | Path) -> None:
     check_params(params)
     embed = params.weights.embed
     config = write_config(params.config, "float32" if _is_quantized(embed) else embed.dtype.name)
-    arrays = stored_arrays(params.weights, params.config)
-    if any(isinstance(leaf, QuantizedRows) for leaf in jax.tree.leaves(params.weights, is_leaf=_is_quantized)):
+    arrays = stored_arrays(params.weights, params.config, family_of(params.config))
+    if any(isinstance(leaf, Rows) for leaf in jax.tree.leaves(params.weights, is_leaf=_is_quantized)):
         logger.warning("int8 matrices are written as float32, which Hugging Face directories have instead.")
     with new_directory(read_path(directory)) as temporary:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -120,4 +120,4 @@ def to_huggingface(params: Params, directory: str | Path) -> None:
 
 
 def _is_quantized(node: object) -> bool:
-    return isinstance(node, QuantizedRows)
+    return isinstance(node, Rows)

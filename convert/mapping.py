@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import track
 
 from convert.errors import ConversionError
+from convert.families import Family
 from convert.tensors import Index, StoredTensor
-from jsparse.arrays import QuantizedRows, aligned_empty, dequantize, quantize_by_blocks
+from jsparse.arrays import Rows, Storage, aligned_empty, dequantize, quantize_by_blocks
 from jsparse.errors import listing
 from jsparse.model.config import ModelConfig
 from jsparse.model.parameters import Role, by_path, make_weights, parameters
@@ -28,24 +29,6 @@ _LONG = 2**31
 TRAINED_PREDICTOR = ("mlp.predictor.fc1.weight", "mlp.predictor.fc2.weight")
 _IGNORED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", *TRAINED_PREDICTOR)
 
-_NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "input_norm": "input_layernorm.weight",
-    "attention/q/rows": "self_attn.q_proj.weight",
-    "attention/q/bias": "self_attn.q_proj.bias",
-    "attention/k/rows": "self_attn.k_proj.weight",
-    "attention/k/bias": "self_attn.k_proj.bias",
-    "attention/v/rows": "self_attn.v_proj.weight",
-    "attention/v/bias": "self_attn.v_proj.bias",
-    "attention/o/rows": "self_attn.o_proj.weight",
-    "post_attention_norm": "post_attention_layernorm.weight",
-    "ffn/gate": "mlp.gate_proj.weight",
-    "ffn/up": "mlp.up_proj.weight",
-    "ffn/down_t": "mlp.down_proj.weight",
-    "norm": "model.norm.weight",
-    "head": "lm_head.weight",
-}
-"""Hugging Face's name of every parameter by its path, within a layer for those that each layer has."""
 _LAYER = re.compile(r"layers/(\d+)/(.*)")
 
 
@@ -66,23 +49,24 @@ class Slot(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)
-def weight_table(config: ModelConfig) -> dict[str, Slot]:
+def weight_table(config: ModelConfig, family: Family) -> dict[str, Slot]:
     """The slot of every tensor of a model by its Hugging Face name."""
     table = {}
     for path, entry in parameters(config).items():
         layer = _LAYER.fullmatch(path)
-        name = f"model.layers.{layer[1]}.{_NAMES[layer[2]]}" if layer else _NAMES[path]
+        name = f"model.layers.{layer[1]}.{family.names[layer[2]]}" if layer else family.names[path]
         transposed = path.endswith("ffn/down_t")
         table[name] = Slot(path, entry.shape[::-1] if transposed else entry.shape, entry.role, transposed)
     return table
 
 
-def read_weights(stored: dict[str, StoredTensor], config: ModelConfig, dtype: str | None) -> Weights:
+def read_weights(stored: dict[str, StoredTensor], config: ModelConfig, family: Family, dtype: str | None) -> Weights:
     """`Params.weights` from a checkpoint's tensors, one at a time: of those not yet converted, one is in memory.
 
     Args:
       stored: the checkpoint's tensors by name.
       config: the architecture.
+      family: what gives the tensors their names.
       dtype: one of `DTYPES`, or None for each matrix as it is stored. int8 quantises linear matrices by row and leaves
         the embedding as stored. Norm scales and biases are always float32.
 
@@ -90,7 +74,7 @@ def read_weights(stored: dict[str, StoredTensor], config: ModelConfig, dtype: st
       ConversionError: tensors are missing, unknown, of the wrong shape or not floating point (all listed at once), or
         one holds NaN or infinity.
     """
-    table = weight_table(config)
+    table = weight_table(config, family)
     _check(stored, table, config)
     total = sum(stored[name].nbytes for name in table)
     console = Console(stderr=True)
@@ -101,13 +85,13 @@ def read_weights(stored: dict[str, StoredTensor], config: ModelConfig, dtype: st
     return make_weights(config, lambda path, _: leaves[path])
 
 
-def with_prefix(stored: dict[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
+def with_prefix(stored: dict[str, StoredTensor], config: ModelConfig, family: Family) -> dict[str, StoredTensor]:
     """The tensors under the names of a causal model: the base model's own files leave out the prefix "model.".
 
     Raises:
       ConversionError: a tensor is there under both names.
     """
-    table = weight_table(config)
+    table = weight_table(config, family)
     spelled = {name: f"model.{name}" if name not in table and f"model.{name}" in table else name for name in stored}
     if doubled := [name for name, full in spelled.items() if full != name and full in stored]:
         raise ConversionError(f"tensors found with and without the prefix 'model.': {listing(doubled)}")
@@ -147,7 +131,7 @@ def _check(stored: dict[str, StoredTensor], table: dict[str, Slot], config: Mode
         raise ConversionError(f"{folder}the tensors do not fit the configuration: {found}")
 
 
-def _convert(name: str, tensor: StoredTensor, slot: Slot, dtype: str | None) -> jax.Array | QuantizedRows:
+def _convert(name: str, tensor: StoredTensor, slot: Slot, dtype: str | None) -> jax.Array | Rows:
     transposed = slot.transposed
     stored = "float32" if tensor.dtype == np.float64 else tensor.dtype.name
     if dtype == "int8" and slot.role in ("matrix", "head"):
@@ -171,14 +155,14 @@ def _finite(name: str, tensor: StoredTensor, index: Index) -> np.ndarray:
     return part
 
 
-def _quantize(name: str, tensor: StoredTensor, transposed: bool) -> QuantizedRows:
+def _quantize(name: str, tensor: StoredTensor, transposed: bool) -> Rows:
     shape = tensor.shape[::-1] if transposed else tensor.shape
 
     def part(rows: slice) -> np.ndarray:
         stored = _finite(name, tensor, (slice(None), rows)).T if transposed else _finite(name, tensor, rows)
         return stored.astype(np.float32)
 
-    return quantize_by_blocks(shape, _blocks(shape), part)
+    return quantize_by_blocks(shape, _blocks(shape), part, Storage("int8"))
 
 
 def _blocks(shape: tuple[int, ...]) -> list[slice]:
@@ -187,11 +171,11 @@ def _blocks(shape: tuple[int, ...]) -> list[slice]:
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
-def stored_arrays(weights: Weights, config: ModelConfig) -> dict[str, np.ndarray]:
+def stored_arrays(weights: Weights, config: ModelConfig, family: Family) -> dict[str, np.ndarray]:
     """Every weight under its Hugging Face name, as the checkpoint stores it; quantised rows become float32."""
     leaves, arrays = by_path(weights), {}
-    for name, slot in weight_table(config).items():
+    for name, slot in weight_table(config, family).items():
         leaf = leaves[slot.path]
-        array = np.asarray(dequantize(leaf) if isinstance(leaf, QuantizedRows) else leaf)
+        array = np.asarray(dequantize(leaf) if isinstance(leaf, Rows) else leaf)
         arrays[name] = np.ascontiguousarray(array.T if slot.transposed else array)
     return arrays

@@ -2,7 +2,7 @@
 
 A matrix argument is an array (rows, columns) of float32, bfloat16 or float16, or low-bit rows `(values, scale)`: values
 (rows, columns) int8, or (rows, ceil(columns / 2)) uint8 with two 4-bit elements per byte (q + 8, the even one in the
-low nibble), and scale (rows,) float32. Matrices are (out, in); nothing copies them. Vectors are float32, one per row.
+low nibble), and scale (rows, 1) float32. Matrices are (out, in); nothing copies them. Vectors are float32, one per row.
 Sums are accumulated in float32, in one order: the result of a token has the same bits for any number of threads and
 whatever other tokens stand beside it.
 """

@@ -2,7 +2,7 @@
 
 A matrix argument is an array (rows, columns) of float32, bfloat16 or float16, or low-bit rows `(values, scale)`: values
 (rows, columns) int8, or (rows, ceil(columns / 2)) uint8 with two 4-bit elements per byte (q + 8, the even one in the
-low nibble), and scale (rows,) float32. Matrices are (out, in). Activations and sums are float32.
+low nibble), and scale (rows, 1) float32. Matrices are (out, in). Activations and sums are float32.
 
 Lowered for another device than a GPU, the kernels are interpreted: slow, and meant for tests.
 """
@@ -173,8 +173,8 @@ def _check(x, gate, up, down_t, threshold, a, b, bias, activation: str, route) -
             problems.append(f"{name} has shape {values.shape}, which is not that of ({rows}, {columns})")
         if not isinstance(matrix, tuple) and dtype not in _FLOATS:
             problems.append(f"{name} is {dtype} without scales")
-        if isinstance(matrix, tuple) and (dtype not in (jnp.int8, jnp.uint8) or matrix[1].shape != (rows,)):
-            problems.append(f"{name} is {dtype} with scales {matrix[1].shape}; int8 or uint8 with ({rows},) is known")
+        if isinstance(matrix, tuple) and (dtype not in (jnp.int8, jnp.uint8) or matrix[1].shape != (rows, 1)):
+            problems.append(f"{name} is {dtype} with scales {matrix[1].shape}; int8 or uint8 with ({rows}, 1) is known")
         if dtype == jnp.uint8 and name in ("gate", "up", "down_t"):
             problems.append(f"{name} has 4 bits; the kernels read weights of 8 or more")
         if values.size >= 2**31:

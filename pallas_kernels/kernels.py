@@ -230,7 +230,7 @@ def _take(matrix: Matrix, refs: Iterator) -> list:
 
 
 def _scaled(sums: jax.Array, matrix: list, rows: jax.Array, wanted: jax.Array) -> jax.Array:
-    return sums if len(matrix) == 1 else sums * load(matrix[1], rows, mask=wanted)
+    return sums if len(matrix) == 1 else sums * load(matrix[1], rows, 0, mask=wanted)
 
 
 def _chunks(width: int, size: int) -> Iterator[tuple[jax.Array, jax.Array | None]]:

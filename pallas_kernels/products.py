@@ -18,7 +18,7 @@ def linear(x: jax.Array, weight: Matrix) -> jax.Array:
     if x.shape[0] == 1:
         return _one_token(x, values, scale)
     out = _tokens(x, values)
-    return out if scale is None else out * scale
+    return out if scale is None else out * scale[:, 0]
 
 
 def take_rows(matrix: Matrix, indices: jax.Array, columns: int) -> jax.Array:
@@ -30,13 +30,13 @@ def take_rows(matrix: Matrix, indices: jax.Array, columns: int) -> jax.Array:
     if values.dtype == jnp.uint8:
         values = jnp.stack(nibbles(values), axis=-1).reshape(values.shape[0], -1)[:, :columns]
     values = values.astype(jnp.float32)
-    return values if scale is None else values * scale[:, None]
+    return values if scale is None else values * scale
 
 
 def transposed(h: jax.Array, weight: Matrix) -> jax.Array:
     """h (B, F) times weight (F, D), (B, D) float32."""
     values, scale = weight if isinstance(weight, tuple) else (weight, None)
-    h = h if scale is None else h * scale
+    h = h if scale is None else h * scale[:, 0]
     if values.dtype == jnp.uint8:
         columns = [_split_product(h, part.astype(jnp.int8), 0) for part in nibbles(values)]
         return jnp.stack(columns, axis=-1).reshape(h.shape[0], -1)
@@ -49,7 +49,7 @@ def _one_token(x: jax.Array, values: jax.Array, scale: jax.Array | None) -> jax.
     else:
         products = values.astype(jnp.float32) * x
     # Scaled before they are summed: XLA would give the sums' scaling a kernel of its own.
-    return jnp.sum(products if scale is None else products * scale[:, None], axis=1)[None]
+    return jnp.sum(products if scale is None else products * scale, axis=1)[None]
 
 
 def _tokens(x: jax.Array, values: jax.Array) -> jax.Array:

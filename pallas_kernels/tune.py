@@ -36,13 +36,13 @@ def random_layer(key: jax.Array, neurons: int, width: int, rank: int, dtype: str
 
     def weight(key):
         if dtype == "int8":
-            scale = jnp.full((neurons,), width**-0.5 / 64)
+            scale = jnp.full((neurons, 1), width**-0.5 / 64)
             return jax.random.randint(key, (neurons, width), -127, 128, jnp.int8), scale
         return (jax.random.normal(key, (neurons, width)) * width**-0.5).astype(dtype)
 
     def int4(key, rows, columns):
         bits = jax.random.randint(key, (rows, -(-columns // 2)), 0, 256).astype(jnp.uint8)
-        return bits, jnp.full((rows,), columns**-0.5 / 4.6)  # the nibbles' deviation: scores of variance 1
+        return bits, jnp.full((rows, 1), columns**-0.5 / 4.6)  # the nibbles' deviation: scores of variance 1
 
     predictor = int4(keys[3], rank, width), int4(keys[4], neurons, rank)
     threshold, bias = jnp.full((neurons,), -1e9), jnp.full((neurons,), -1.28)

@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import topologies
 
 import pallas_kernels
-from jsparse.arrays import QuantizedRows
+from jsparse.arrays import Rows, Storage
 from jsparse.decoding.forward import Model
 from jsparse.decoding.loop import initial_state, step_chunk
 from jsparse.decoding.sampling import Sampling
@@ -87,9 +87,9 @@ CASES = {
 
 def matrix(rows: int, columns: int, dtype: str, struct):
     if dtype == "int4":
-        return struct(rows, -(-columns // 2), dtype="uint8"), struct(rows, dtype="float32")
+        return struct(rows, -(-columns // 2), dtype="uint8"), struct(rows, 1, dtype="float32")
     if dtype == "int8":
-        return struct(rows, columns, dtype="int8"), struct(rows, dtype="float32")
+        return struct(rows, columns, dtype="int8"), struct(rows, 1, dtype="float32")
     return struct(rows, columns, dtype=dtype)
 
 
@@ -165,7 +165,8 @@ def count_kernels(shape: str, layers: int, mesh, struct) -> int:
     width, neurons, rank = config.hidden_size, config.intermediate_size, config.hidden_size // 4
 
     def int4(rows, columns):
-        return QuantizedRows(struct(rows, columns // 2, dtype="uint8"), struct(rows, dtype="float32"), 4, columns)
+        values, scale = struct(rows, columns // 2, dtype="uint8"), struct(rows, 1, dtype="float32")
+        return Rows(values, scale, Storage("int4"), columns)
 
     def weight(shape):
         return struct(*shape.shape, dtype="bfloat16" if len(shape.shape) == 2 else "float32")

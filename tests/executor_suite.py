@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
-from jsparse.arrays import QuantizedRows, quantize_rows
+from jsparse.arrays import Rows, Storage, quantize_rows
 from jsparse.executors.npu import Npu
 from jsparse.model.cache import SPARE_SLOTS, LayerCache
 from jsparse.model.ffn import KINDS, FFNSpec
@@ -45,7 +45,7 @@ def tolerance(executor, storage: str) -> float:
 
 
 def storage_of(matrix) -> str:
-    return str((matrix.values if isinstance(matrix, QuantizedRows) else matrix).dtype)
+    return str((matrix.values if isinstance(matrix, Rows) else matrix).dtype)
 
 
 @partial(jax.jit, static_argnames=("executor", "spec"))
@@ -95,11 +95,11 @@ def problem(
     keys = jax.random.split(jax.random.key(seed), 7)
 
     def store(matrix):
-        return quantize_rows(matrix, 8) if storage == "int8" else matrix.astype(storage)
+        return quantize_rows(matrix, Storage("int8")) if storage == "int8" else matrix.astype(storage)
 
     gate, up, down_t = (store(jax.random.normal(key, (neurons, width))) for key in keys[:3])
     a, b = jax.random.normal(keys[3], (rank, width)), jax.random.normal(keys[4], (neurons, rank))
-    a, b = (m.astype(jnp.bfloat16) if bits == 16 else quantize_rows(m, bits) for m in (a, b))
+    a, b = (m.astype(jnp.bfloat16) if bits == 16 else quantize_rows(m, Storage(f"int{bits}")) for m in (a, b))
     x = jax.random.normal(keys[6], (batch, width))
     # Of some thresholds for each neuron the one that is farthest from any score: rounding must not decide.
     scores = np.asarray(x, np.float64) @ oracle.matrix(a).T @ oracle.matrix(b).T
@@ -178,7 +178,7 @@ class ExecutorSuite:
     def test_project(self, executor, storage, tokens, width):
         count = int(np.prod(tokens))
         x, ffn, _ = problem(batch=count, width=width, storage="float32" if storage == "int4" else storage)
-        weights = [quantize_rows(m, 4) if storage == "int4" else m for m in (ffn.gate, ffn.up)]
+        weights = [quantize_rows(m, Storage("int4")) if storage == "int4" else m for m in (ffn.gate, ffn.up)]
         bias = jnp.arange(ffn.gate.shape[0], dtype=jnp.float32) / 64
         first, second = map(Linear, weights)
         with_bias = dataclasses.replace(second, bias=bias)
@@ -193,7 +193,7 @@ class ExecutorSuite:
     @pytest.mark.parametrize("width", [96, 31])
     def test_rows(self, executor, storage, width):
         _, ffn, _ = problem(width=width, storage="float32" if storage == "int4" else storage)
-        matrix = quantize_rows(ffn.gate, 4) if storage == "int4" else ffn.gate
+        matrix = quantize_rows(ffn.gate, Storage("int4")) if storage == "int4" else ffn.gate
         found = jax.jit(executor.rows)(matrix, jnp.asarray([7, 0, 299, 7, 300, 2**31 - 1], jnp.int32))
         expected = np.concatenate([oracle.matrix(matrix)[[7, 0, 299, 7]], np.zeros((2, width))])
         np.testing.assert_allclose(found, expected, rtol=1e-6)

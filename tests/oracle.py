@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jsparse.arrays import QuantizedRows
+from jsparse.arrays import Rows
 from jsparse.model.cache import LayerCache
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.weights import FFNWeights, Predictor
@@ -10,15 +10,17 @@ from jsparse.model.weights import FFNWeights, Predictor
 
 def matrix(stored) -> np.ndarray:
     """The exact value of a stored matrix: plain in any dtype, int8 rows, or packed int4 rows."""
-    if not isinstance(stored, QuantizedRows):
+    if not isinstance(stored, Rows):
         return np.asarray(stored).astype(np.float64)
     values = np.asarray(stored.values)
-    if stored.bits == 4:
+    if stored.storage.bits == 4:
         unpacked = np.empty((values.shape[0], 2 * values.shape[1]), np.int64)
         unpacked[:, 0::2] = values & 0x0F
         unpacked[:, 1::2] = values >> 4
         values = unpacked[:, : stored.columns] - 8
-    return values.astype(np.float64) * np.asarray(stored.scale, np.float64)[:, None]
+    scale = np.asarray(stored.scale, np.float64)
+    scale = np.repeat(scale, stored.storage.group or stored.columns, axis=1)
+    return values.astype(np.float64) * scale[:, : stored.columns]
 
 
 ACTIVATIONS = {

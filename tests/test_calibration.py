@@ -19,7 +19,7 @@ from conftest import TINY, random_params, run_decoder
 from test_generation import byte_tokenizer
 
 import jsparse
-from jsparse.arrays import QuantizedRows
+from jsparse.arrays import Rows
 from jsparse.cli import calibrate
 from jsparse.executors.xla import Xla
 from jsparse.model.weights import Linear
@@ -117,8 +117,8 @@ def test_bits(small):
         if bits == 16:
             assert predictor.a.dtype == predictor.b.dtype == jnp.bfloat16
         else:
-            assert isinstance(predictor.a, QuantizedRows)
-            assert predictor.a.bits == predictor.b.bits == bits
+            assert isinstance(predictor.a, Rows)
+            assert predictor.a.storage.bits == predictor.b.storage.bits == bits
         assert predictor.a.shape == (32, 32)
         assert predictor.b.shape == (96, 32)
         scores = x @ oracle.matrix(predictor.a).T @ oracle.matrix(predictor.b).T

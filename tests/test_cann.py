@@ -142,7 +142,7 @@ def test_sampled_tokens_are_those_of_other_executors(fitted):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"qkv_bias": True, "ffn_kind": "drelu"},
+        {"attention_bias": "qkv", "ffn_kind": "drelu"},
         {"sliding_window": 40, "ffn_kind": "swiglu"},
         {"tie_embeddings": False, "context_length": 64, "ffn_kind": "fatrelu", "ffn_threshold": 0.1},
         {"embed_scale": 2.0, "residual_scale": 0.7, "logit_scale": 0.5, "eos_token_ids": (28,)},

@@ -22,7 +22,7 @@ from convert import export_predictors, from_huggingface, import_predictors, to_h
 from convert import mapping as convert_mapping
 from convert.config import read_config
 from convert.tensors import open_checkpoint, read_safetensors
-from jsparse.arrays import QuantizedRows, dequantize, quantize_rows
+from jsparse.arrays import Rows, Storage, dequantize, quantize_rows
 from jsparse.model.config import ModelConfig, RopeScaling
 from jsparse.model.parameters import by_path
 from jsparse.model.weights import FFNWeights, Params, Predictor
@@ -41,7 +41,7 @@ EXPECTED = {
     "PowerInfer/Bamboo-base-v0_1": _BAMBOO,
     "Tiiny/Bamboo-DPO-v0_1": _BAMBOO,
     "Tiiny/TurboSparse-Mistral-Instruct": dataclasses.replace(_BAMBOO, vocab_size=66),
-    "Tiiny/SparseQwen2-7B": dataclasses.replace(_LLAMA, ffn_kind="drelu", norm_eps=1e-6, qkv_bias=True),
+    "Tiiny/SparseQwen2-7B": dataclasses.replace(_LLAMA, ffn_kind="drelu", norm_eps=1e-6, attention_bias="qkv"),
     "openbmb/MiniCPM-S-1B-sft": dataclasses.replace(
         _LLAMA,
         ffn_kind="fatrelu",
@@ -54,7 +54,7 @@ EXPECTED = {
     "openbmb/MiniCPM-S-1B-sft-llama-format": _LLAMA,
     "dense-llama": dataclasses.replace(_LLAMA, ffn_kind="swiglu"),
     "dense-mistral": dataclasses.replace(_LLAMA, ffn_kind="swiglu", sliding_window=6, rope_theta=1e6),
-    "dense-qwen2": dataclasses.replace(_LLAMA, ffn_kind="swiglu", norm_eps=1e-6, qkv_bias=True, rope_theta=1e6),
+    "dense-qwen2": dataclasses.replace(_LLAMA, ffn_kind="swiglu", norm_eps=1e-6, attention_bias="qkv", rope_theta=1e6),
 }
 
 
@@ -92,7 +92,7 @@ def test_every_checkpoint_of_the_table_converts(name, tmp_path):
         prefix + "mlp.up_proj.weight": layer.ffn.up,
         prefix + "mlp.down_proj.weight": layer.ffn.down_t.T,
     } | {f"{prefix}self_attn.{n}_proj.weight": getattr(layer.attention, n).rows for n in "qkvo"}
-    if params.config.qkv_bias:
+    if params.config.attention_bias == "qkv":
         expected |= {f"{prefix}self_attn.{n}_proj.bias": getattr(layer.attention, n).bias for n in "qkv"}
     if not params.config.tie_embeddings:
         expected["lm_head.weight"] = params.weights.head
@@ -104,7 +104,15 @@ def test_every_checkpoint_of_the_table_converts(name, tmp_path):
 def test_presets_and_the_table_agree(name):
     if name in jsparse.PRESETS:
         preset, expected = jsparse.PRESETS[name], EXPECTED[name]
-        fields = ("ffn_kind", "ffn_threshold", "rope_theta", "norm_eps", "qkv_bias", "tie_embeddings", "embed_scale")
+        fields = (
+            "ffn_kind",
+            "ffn_threshold",
+            "rope_theta",
+            "norm_eps",
+            "attention_bias",
+            "tie_embeddings",
+            "embed_scale",
+        )
         assert [getattr(preset, field) for field in fields] == [getattr(expected, field) for field in fields]
         assert (preset.sliding_window is None) == (expected.sliding_window is None)
 
@@ -225,8 +233,8 @@ def test_int8_quantises_the_linear_matrices(tmp_path):
     ffn = params.weights.layers[1].ffn
     matrices = [ffn.gate, ffn.up, ffn.down_t, params.weights.head]
     matrices += [getattr(params.weights.layers[1].attention, n).rows for n in "qkvo"]
-    assert all(isinstance(matrix, QuantizedRows) and matrix.bits == 8 for matrix in matrices)
-    assert_identical(ffn.down_t, quantize_rows(whole.weights.layers[1].ffn.down_t, 8))
+    assert all(isinstance(matrix, Rows) and matrix.storage.bits == 8 for matrix in matrices)
+    assert_identical(ffn.down_t, quantize_rows(whole.weights.layers[1].ffn.down_t, Storage("int8")))
     assert_identical(params.weights.embed, whole.weights.embed)
     assert params.weights.layers[1].attention.q.bias.dtype == "float32"
 
@@ -265,12 +273,12 @@ def test_lm_head_of_a_tied_model_is_left_out(tmp_path):
 def test_conversion_holds_less_than_one_tensor_besides_the_weights(files, dtype, tmp_path):
     config = ROWS["SparseLLM/ReluLLaMA-7B"] | {"hidden_size": 1024, "intermediate_size": 8192}
     directory = checkpoints.write(tmp_path / "model", config, checkpoints.random_tensors(config), files)
-    stored, config = open_checkpoint(directory), read_config(directory).config
+    stored, reading = open_checkpoint(directory), read_config(directory)
     largest = max(tensor.nbytes for tensor in stored.values())
 
-    convert_mapping.read_weights(stored, config, dtype)
+    convert_mapping.read_weights(stored, reading.config, reading.family, dtype)
     tracemalloc.start()
-    weights = convert_mapping.read_weights(stored, config, dtype)
+    weights = convert_mapping.read_weights(stored, reading.config, reading.family, dtype)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert isinstance(weights.layers[0].ffn, FFNWeights)
@@ -306,7 +314,7 @@ def make_predictors(config: ModelConfig, bits: int | None) -> tuple[Predictor, .
 
     def matrix(rows, columns):
         array = jnp.asarray(rng.standard_normal((rows, columns)), jnp.float32)
-        return array if bits is None else quantize_rows(array, bits)
+        return array if bits is None else quantize_rows(array, Storage(f"int{bits}"))
 
     predictors = []
     for layer in range(config.num_layers):

@@ -121,7 +121,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     ),
     "impossible sizes": (with_config(num_key_value_heads=3), ["num_heads 4 is not a multiple of num_kv_heads 3"]),
     "indivisible heads": (with_config(num_attention_heads=5), ["hidden_size 32 is not a multiple of"]),
-    "attention bias": (with_config(attention_bias=True), ["attention_bias is set"]),
+    "attention bias": (with_config(model_type="mistral", attention_bias=True), ["attention_bias is set"]),
+    "attention bias without its tensors": (with_config(attention_bias=True), ["missing", "self_attn.o_proj.bias"]),
     "ffn bias": (with_config(mlp_bias=True), ["mlp_bias is set"]),
     "quantised": (with_config(quantization_config={"bits": 4}), ["quantization_config", "unquantised"]),
     "partial rotary": (with_config(partial_rotary_factor=0.5), ["partial_rotary_factor is 0.5"]),
@@ -136,8 +137,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         ["differ by layer type", "full_attention"],
     ),
     "windows on some layers": (
-        with_config(model_type="qwen2", use_sliding_window=True, max_window_layers=1, sliding_window=4),
-        ["max_window_layers"],
+        with_config(model_type="qwen2", use_sliding_window=True, max_window_layers=1, num_hidden_layers=10**9),
+        ["num_hidden_layers is 1000000000"],
     ),
     "no weights": (with_damage(lambda d: (d / "model.safetensors").unlink()), ["no weights", "pytorch_model.bin"]),
     "truncated": (
@@ -345,7 +346,7 @@ CONFIG = ModelConfig(32, 48, 2, 4, 2, 64)
 @pytest.mark.parametrize(
     ("changes", "missing"),
     [
-        ({"qkv_bias": True, "embed_scale": 12.0}, "MiniCPM scales"),
+        ({"attention_bias": "qkv", "embed_scale": 12.0}, "MiniCPM scales"),
         ({"sliding_window": 6, "logit_scale": 0.5}, "MiniCPM scales"),
         ({"ffn_kind": "relu2"}, "an FFN without up_proj"),
     ],

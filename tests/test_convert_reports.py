@@ -20,6 +20,8 @@ from convert import ConversionError, from_huggingface, to_huggingface
 from convert.__main__ import main as convert_main
 from convert.config import read_config
 from convert.config_writer import write_config
+from jsparse.executors.npu import Npu
+from jsparse.executors.xla import Xla
 
 MISTRAL = ROWS["dense-mistral"] | {"sliding_window": 3}
 QWEN2 = ROWS["dense-qwen2"]
@@ -69,11 +71,56 @@ def test_attention_that_is_the_same_in_all_layers(name, tmp_path):
         np.testing.assert_allclose(logits(params), transformers_logits(directory), atol=2e-5)
 
 
+SLIDES = {"use_sliding_window": True, "sliding_window": 4}
 MIXED = {
-    "mistral": (MISTRAL, {"layer_types": [SLIDING, FULL]}, "some layers only"),
-    "qwen2 by layer types": (QWEN2, {"layer_types": [FULL, SLIDING], "use_sliding_window": True}, "some layers only"),
-    "qwen2 by the first layer": (QWEN2, {"use_sliding_window": True, "max_window_layers": 1}, "some layers only"),
-    "llama": (LLAMA, {"layer_types": [FULL, SLIDING], "sliding_window": 3}, "some layers only"),
+    "mistral": (MISTRAL, {"layer_types": [SLIDING, FULL], "head_dim": 8}, (True, False)),
+    "qwen2 by layer types": (QWEN2, SLIDES | {"layer_types": [FULL, SLIDING]}, (False, True)),
+    "qwen2 by the first layer": (QWEN2, SLIDES | {"max_window_layers": 1}, (False, True)),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_attention_that_differs_by_layer(name, tmp_path):
+    base, changes, slides = MIXED[name]
+    directory = written(tmp_path, base | changes)
+    params = jsparse.load(directory)
+    assert params.config.slides == slides
+    to_huggingface(params, tmp_path / "exported")
+    for path in (directory, tmp_path / "exported"):
+        if base is MISTRAL:  # transformers has layers that differ in a class of their own
+            config = json.loads((path / "config.json").read_text())
+            renamed = {"model_type": "ministral", "architectures": ["MinistralForCausalLM"]}
+            (path / "config.json").write_text(json.dumps(config | renamed))
+        np.testing.assert_allclose(logits(params), transformers_logits(path), atol=2e-5)
+    said = [jsparse.generate(params, IDS[0], max_new_tokens=20, executor=name).tolist() for name in ("auto", "xla")]
+    assert said[0] == said[1]
+    uniform = dataclasses.replace(params, config=dataclasses.replace(params.config, slides=None))
+    assert np.abs(logits(uniform) - logits(params)).max() > 1e-2
+    on_device = Npu(Xla(), "cpu")
+    with pytest.raises(
+        jsparse.JsparseError, match="'cann' cannot run this model: its layers differ in their attention"
+    ):
+        jsparse.generate(params, IDS[0], max_new_tokens=2, executor=on_device)
+
+
+def test_biases_on_all_attention_projections(tmp_path):
+    config = LLAMA | {"attention_bias": True}
+    tensors = random_tensors(config)
+    generator = torch.Generator().manual_seed(5)
+    for name in [name for name in tensors if "self_attn" in name]:
+        tensors[name.replace("weight", "bias")] = torch.randn(len(tensors[name]), generator=generator)
+    directory = write(tmp_path / "m", config, tensors)
+    params = jsparse.load(directory)
+    assert params.config.attention_bias == "all"
+    np.testing.assert_allclose(logits(params), transformers_logits(directory), atol=2e-5)
+    to_huggingface(params, tmp_path / "exported")
+    np.testing.assert_allclose(logits(params), transformers_logits(tmp_path / "exported"), atol=2e-5)
+    with pytest.raises(jsparse.JsparseError, match="'cann' cannot run this model: its attention has a bias"):
+        jsparse.generate(params, IDS[0], max_new_tokens=2, executor=Npu(Xla(), "cpu"))
+
+
+REFUSED = {
+    "llama": (LLAMA, {"layer_types": [FULL, SLIDING], "sliding_window": 3}, "sliding window"),
     "llama, all slide": (LLAMA, {"layer_types": [SLIDING] * 2, "sliding_window": 3}, "sliding window"),
     "another kind": (MISTRAL, {"layer_types": ["chunked_attention", FULL]}, "chunked_attention"),
     "too few layers": (MISTRAL, {"layer_types": [SLIDING]}, "for each layer"),
@@ -85,9 +132,9 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("name", MIXED)
-def test_attention_that_differs_by_layer_is_refused(name, tmp_path):
-    base, changes, said = MIXED[name]
+@pytest.mark.parametrize("name", REFUSED)
+def test_attention_of_another_kind_is_refused(name, tmp_path):
+    base, changes, said = REFUSED[name]
     (tmp_path / "config.json").write_text(json.dumps(base | changes))
     with pytest.raises(ConversionError, match=said):
         read_config(tmp_path)

@@ -48,8 +48,8 @@ def attend(heads=2, start=0, count=3, window=None):
             "weight 0 is int32, expected float32, bfloat16",
         ),
         (
-            lambda x, g, u, d: cpu_kernels.linear(x, (g.astype(jnp.int8), jnp.ones(23))),
-            r"weight 0's scale has shape \(23\), expected \(24\)",
+            lambda x, g, u, d: cpu_kernels.linear(x, (g.astype(jnp.int8), jnp.ones((23, 1)))),
+            r"weight 0's scale has shape \(23, 1\), expected \(24, 1\)",
         ),
         (
             lambda x, g, u, d: cpu_kernels.dense_ffn(x, g, u[:7], d, jnp.zeros(24)),

@@ -92,7 +92,7 @@ KINDS = {
         TINY, ffn_kind="fatrelu", ffn_threshold=0.1, embed_scale=1.5, residual_scale=0.7, logit_scale=0.5
     ),
     "relu2": dataclasses.replace(TINY, ffn_kind="relu2", residual_scale=0.2),
-    "window": dataclasses.replace(TINY, sliding_window=5, qkv_bias=True),
+    "window": dataclasses.replace(TINY, sliding_window=5, attention_bias="qkv"),
 }
 
 

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, random_params
+from conftest import TINY, random_params, run_decoder
 
 import jsparse
 from convert import to_huggingface
-from jsparse.arrays import QuantizedRows, dequantize
+from jsparse.arrays import Rows, dequantize
 from jsparse.checkpoints.native import save
 from jsparse.executors.kernels import KernelExecutor
 from jsparse.executors.xla import Xla
@@ -148,10 +148,10 @@ def test_what_is_no_executor_is_refused(executor, tiny):
 
 
 def test_a_quantised_embedding_runs(tiny):
-    from jsparse.arrays import quantize_rows
+    from jsparse.arrays import Storage, quantize_rows
 
-    weights = dataclasses.replace(tiny.weights, embed=quantize_rows(tiny.weights.embed, 8))
-    assert isinstance(weights.embed, QuantizedRows)
+    weights = dataclasses.replace(tiny.weights, embed=quantize_rows(tiny.weights.embed, Storage("int8")))
+    assert isinstance(weights.embed, Rows)
     assert len(jsparse.generate(dataclasses.replace(tiny, weights=weights), np.arange(5), max_new_tokens=4)) == 4
 
 
@@ -175,3 +175,61 @@ def test_importing_jsparse_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+UNIMPLEMENTED = {
+    "layer norms": {"norm": "layer"},
+    "norms of queries and keys": {"qk_norm": True},
+    "rotation of some dimensions only": {"rotary_dim": 8},
+    "yarn rope scaling": {"rope_scaling": jsparse.model.config.RopeScaling("yarn", 4.0)},
+    "biases in the FFN": {"ffn_bias": True},
+    "experts": {"experts": jsparse.model.config.Experts(8, 2, "softmax")},
+}
+
+
+@pytest.mark.parametrize("what", UNIMPLEMENTED)
+def test_what_a_config_says_and_no_executor_computes_is_refused(what, tiny, tmp_path):
+    config = dataclasses.replace(TINY, **UNIMPLEMENTED[what])
+    params = dataclasses.replace(tiny, config=config)
+    with pytest.raises(jsparse.JsparseError, match=f"cannot run this model: not implemented: {what}"):
+        jsparse.generate(params, [1, 2, 3])
+    with pytest.raises(jsparse.JsparseError, match=f"not implemented: {what}"):
+        jsparse.fit_predictors(params, [np.arange(3000) % 100])
+    with pytest.raises(jsparse.JsparseError, match=f"not implemented: {what}"):
+        to_huggingface(params, tmp_path / "out")
+    assert jsparse.ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"slides": (False,)}, "slides has 1 layers, the model 3"),
+        ({"rotates": (False,) * 4}, "rotates has 4 layers, the model 3"),
+        ({"rotary_dim": 17}, "rotary_dim is 17 and must be even and at most head_dim 16"),
+        ({"rotary_dim": 18}, "rotary_dim is 18"),
+        ({"norm": "batch"}, "norm is 'batch' and must be one of rms, layer"),
+        ({"attention_bias": True}, "attention_bias is True and must be one of none, qkv, all"),
+        ({"experts": jsparse.model.config.Experts(2, 3, "softmax")}, "a token takes 3 of 2 experts"),
+    ],
+)
+def test_configs_that_contradict_themselves(changes, said):
+    with pytest.raises(jsparse.JsparseError, match=said):
+        dataclasses.replace(TINY, **changes)
+
+
+def test_layers_may_have_no_rotation(tiny):
+    """Without it, tokens before the last may change places."""
+    config = dataclasses.replace(TINY, rotates=(False,), num_layers=1)
+    weights = dataclasses.replace(tiny.weights, layers=tiny.weights.layers[:1])
+    ids = np.array([[5, 9, 33, 7], [33, 5, 9, 7]])
+    logits, _ = run_decoder(dataclasses.replace(tiny, config=config, weights=weights), ids)
+    np.testing.assert_allclose(logits[0, -1], logits[1, -1], rtol=0, atol=1e-4)
+    rotating = dataclasses.replace(config, rotates=None)
+    logits, _ = run_decoder(dataclasses.replace(tiny, config=rotating, weights=weights), ids)
+    assert np.abs(logits[0, -1] - logits[1, -1]).max() > 1e-2
+
+
+def test_a_config_of_old_features_is_written_as_version_0_1_wrote_it():
+    fields = list(dataclasses.replace(TINY, attention_bias="qkv").to_dict())
+    assert fields[12:16] == ["norm_eps", "sliding_window", "qkv_bias", "tie_embeddings"]
+    assert len(fields) == 22

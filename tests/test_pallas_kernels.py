@@ -59,7 +59,7 @@ def test_wrong_operands_are_named():
         sparse_ffn(x, gate, up[1:], down_t, threshold, a, b.T, bias)
     with pytest.raises(ValueError, match="gate is int8 without scales"):
         sparse_ffn(x, gate.astype(jnp.int8), up, down_t, threshold, *predictor)
-    with pytest.raises(ValueError, match=r"gate is int8 with scales \(10,\); int8 or uint8 with \(200,\)"):
+    with pytest.raises(ValueError, match=r"gate is int8 with scales \(10,\); int8 or uint8 with \(200, 1\)"):
         sparse_ffn(x, (gate.astype(jnp.int8), jnp.ones(10)), up, down_t, threshold, *predictor)
     with pytest.raises(ValueError, match=r"x and bias have shapes \(48,\) and \(200,\)"):
         sparse_ffn(x[0], gate, up, down_t, threshold, *predictor)
@@ -69,7 +69,7 @@ def test_wrong_operands_are_named():
         pallas_kernels.dense_ffn(x, gate, up, down_t, threshold, activation="gelu")
     with pytest.raises(ValueError, match="up_activation is 'silu'; it must be one of linear, relu"):
         pallas_kernels.dense_ffn(x, gate, up, down_t, threshold, up_activation="silu")
-    packed = (jnp.zeros((200, 24), jnp.uint8), jnp.ones(200))
+    packed = (jnp.zeros((200, 24), jnp.uint8), jnp.ones((200, 1)))
     with pytest.raises(ValueError, match="up has 4 bits"):
         sparse_ffn(x, gate, packed, down_t, threshold, *predictor)
 

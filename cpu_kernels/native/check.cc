@@ -80,7 +80,7 @@ Matrix Checker::ExpectMatrix(const Buffer& values, const Buffer& scale, int64_t 
   matrix.cols = cols;
   matrix.stride = RowBytes(matrix.type, cols);
   matrix.data = values.data;
-  Expect(scale, Element::kF32, {low_bit ? matrix.rows : 0});
+  Expect(scale, Element::kF32, low_bit ? std::vector<int64_t>{matrix.rows, 1} : std::vector<int64_t>{0});
   matrix.scale = low_bit ? static_cast<const float*>(scale.data) : nullptr;
   return matrix;
 }

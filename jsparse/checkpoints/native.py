@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.arrays import Matrix, QuantizedRows, cast
+from jsparse.arrays import Matrix, Rows, cast, restore_rows
 from jsparse.checkpoints.first_format import path_of
 from jsparse.directories import plain_path, read_path, replacing_directory
 from jsparse.errors import JsparseError
@@ -153,7 +153,7 @@ def _cast(weights: dict[str, Matrix], config: ModelConfig, dtype: str) -> None:
         if entry.role in ("norm", "bias") or (dtype == "int8" and entry.role == "embed"):
             continue
         weights[name] = cast(weights[name], dtype)
-        if not isinstance(weights[name], QuantizedRows) and not jnp.isfinite(weights[name]).all():
+        if not isinstance(weights[name], Rows) and not jnp.isfinite(weights[name]).all():
             raise JsparseError(f"the weight {name} does not fit in {dtype}; choose bfloat16 or float32")
 
 
@@ -165,8 +165,8 @@ def _flatten(leaves: dict[str, Matrix]) -> dict[str, tuple[jax.Array, dict]]:
     """Name -> (array, how it is stored); a quantised matrix is two arrays."""
     flat = {}
     for name, leaf in leaves.items():
-        if isinstance(leaf, QuantizedRows):
-            storage = {"bits": leaf.bits, "columns": leaf.columns}
+        if isinstance(leaf, Rows):
+            storage = {"bits": leaf.storage.bits, "columns": leaf.columns, "group": leaf.storage.group}
             flat[f"{name}/values"] = (leaf.values, {**_describe(leaf.values), **storage})
             flat[f"{name}/scale"] = (leaf.scale, _describe(leaf.scale))
         else:
@@ -191,7 +191,8 @@ def _load_tree(directory: Path, storage: dict[str, dict]) -> dict[str, Matrix]:
         whole, _, part = name.rpartition("/")
         if part == "values":
             kept = storage[name]
-            leaves[whole] = QuantizedRows(array, arrays[f"{whole}/scale"], kept["bits"], kept["columns"])
+            scale, group = arrays[f"{whole}/scale"], kept.get("group")
+            leaves[whole] = restore_rows(array, scale, kept["bits"], kept["columns"], group)
         elif part != "scale" or f"{whole}/values" not in arrays:
             leaves[name] = array
     return leaves

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from jsparse.arrays import Matrix, QuantizedRows
+from jsparse.arrays import Matrix, Rows
 from jsparse.model.attention import attend
 from jsparse.model.cache import LayerCache
 from jsparse.model.executor import Executor, Split
@@ -18,7 +18,7 @@ Operand = Array | tuple[Array, Array]
 
 
 def operand(matrix: Matrix) -> Operand:
-    return (matrix.values, matrix.scale) if isinstance(matrix, QuantizedRows) else matrix
+    return (matrix.values, matrix.scale) if isinstance(matrix, Rows) else matrix
 
 
 def operands(ffn: FFNWeights) -> list[Operand | None]:

@@ -57,6 +57,16 @@ class Npu(Executor):
 
         return cann_bridge.device(self.device)
 
+    def refuses(self, config: ModelConfig) -> str | None:
+        """As `Executor.refuses`: the device's own loop has one kind of attention, without a bias on its output."""
+        if reason := super().refuses(config):
+            return reason
+        if self.whole and (config.slides is not None or config.rotates is not None):
+            return "its layers differ in their attention, which the decode loop on the device does not follow"
+        if self.whole and config.attention_bias == "all":
+            return "its attention has a bias on its output, which the decode loop on the device does not follow"
+        return None
+
     def place(self, weights: Weights, predictors: tuple[Predictor, ...] | None) -> tuple[Weights, Any]:
         """As `Executor.place`: FFNs and predictors on the device, unless the whole loop goes there later."""
         if self.whole:

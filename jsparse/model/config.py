@@ -9,9 +9,9 @@ from jsparse.model.ffn import KINDS, FFNSpec, Pipeline
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Rotary position scaling: `linear` divides positions, `llama3` stretches the low frequencies only."""
+    """Rotary position scaling: `linear` divides positions, `llama3` and `yarn` stretch the low frequencies only."""
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -19,8 +19,25 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """FFNs of which a router chooses some for each token.
+
+    Attributes:
+      count: how many there are; `intermediate_size` is of each.
+      active: how many a token takes.
+      weighting: what makes weights of the router's logits, which are then normalised over the chosen.
+    """
+
+    count: int
+    active: int
+    weighting: Literal["softmax", "sigmoid"]
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-style decoder: RMSNorm, rotary attention with grouped key/value heads, gated FFN.
+    """A decoder: norm and rotary attention with grouped key/value heads, norm and FFN, residual branches.
+
+    It can say more than is computed: `unimplemented` names what no executor does yet.
 
     `ffn_kind` is explicit because checkpoints do not say it reliably (SparseQwen2 declares `relu` and means `drelu`).
     `embed_scale`, `residual_scale` and `logit_scale` are MiniCPM's factors on the embeddings, on every residual branch
@@ -44,7 +61,8 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     sliding_window: int | None = None
-    qkv_bias: bool = False
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    """Which projections have one."""
     tie_embeddings: bool = False
     embed_scale: float = 1.0
     residual_scale: float = 1.0
@@ -52,9 +70,23 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     name: str = ""
+    slides: tuple[bool, ...] | None = None
+    """Whether each layer has the sliding window; None for all of them. The others see all positions."""
+    rotates: tuple[bool, ...] | None = None
+    """Whether each layer has rotary positions; None for all of them. The others have none."""
+    norm: Literal["rms", "layer"] = "rms"
+    qk_norm: bool = False
+    """A norm of every head's query and key before the rotation."""
+    rotary_dim: int = 0
+    """Of each head's dimensions, those that rotate; 0 stands for all."""
+    ffn_bias: bool = False
+    experts: Experts | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        for field in ("slides", "rotates"):
+            if (flags := getattr(self, field)) is not None:
+                object.__setattr__(self, field, None if all(flags) else tuple(map(bool, flags)))
         if not self.head_dim and self.num_heads >= 1:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         problems = [
@@ -85,6 +117,18 @@ class ModelConfig:
             problems.append(f"norm_eps is {self.norm_eps} and must be at least 0")
         if self.sliding_window is not None and self.sliding_window < 1:
             problems.append(f"sliding_window is {self.sliding_window} and must be at least 1, or None")
+        problems += [
+            f"{field} has {len(flags)} layers, the model {self.num_layers}"
+            for field in ("slides", "rotates")
+            if (flags := getattr(self, field)) is not None and len(flags) != self.num_layers
+        ]
+        for field, known in (("attention_bias", ("none", "qkv", "all")), ("norm", ("rms", "layer"))):
+            if getattr(self, field) not in known:
+                problems.append(f"{field} is {getattr(self, field)!r} and must be one of {', '.join(known)}")
+        if not 0 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
+            problems.append(f"rotary_dim is {self.rotary_dim} and must be even and at most head_dim {self.head_dim}")
+        if self.experts is not None and not 1 <= self.experts.active <= self.experts.count:
+            problems.append(f"a token takes {self.experts.active} of {self.experts.count} experts")
         if self.ffn_kind not in tuple(KINDS):
             problems.append(f"ffn_kind is {self.ffn_kind!r} and must be one of {', '.join(KINDS)}")
         if self.ffn_threshold and self.ffn_kind != "fatrelu":
@@ -99,15 +143,43 @@ class ModelConfig:
 
     def window(self, layer: int) -> int | None:
         """Positions that a token of this layer sees, itself included; None for all."""
-        return self.sliding_window
+        return self.sliding_window if self.slides is None or self.slides[layer] else None
+
+    def has_rotation(self, layer: int) -> bool:
+        """Whether this layer's queries and keys rotate with their positions."""
+        return self.rotates is None or self.rotates[layer]
+
+    def unimplemented(self) -> str | None:
+        """What of the model no executor computes yet, or None."""
+        wanted = {
+            "layer norms": self.norm != "rms",
+            "norms of queries and keys": self.qk_norm,
+            "rotation of some dimensions only": self.rotary_dim not in (0, self.head_dim),
+            "yarn rope scaling": self.rope_scaling is not None and self.rope_scaling.kind == "yarn",
+            "biases in the FFN": self.ffn_bias,
+            "experts": self.experts is not None,
+        }
+        found = [what for what, is_wanted in wanted.items() if is_wanted]
+        return f"not implemented: {', '.join(found)}" if found else None
 
     def ffn_spec(self, pipeline: Pipeline = "sequential") -> FFNSpec:
         """What the FFN computes, and how sparsely."""
         return dataclasses.replace(KINDS[self.ffn_kind], pipeline=pipeline)
 
     def to_dict(self) -> dict:
-        """A JSON-serialisable dictionary; `from_dict` is its inverse."""
-        return dataclasses.asdict(self)
+        """A JSON-serialisable dictionary; `from_dict` is its inverse.
+
+        It has the fields of version 0.1, and of the later ones those that are not at their default: what 0.1 wrote of a
+        model is what identifies it still.
+        """
+        fields = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "attention_bias" and value != "all":
+                fields["qkv_bias"] = value == "qkv"
+            elif field.name not in _LATER or value != field.default:
+                fields[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict) -> "ModelConfig":
@@ -116,17 +188,23 @@ class ModelConfig:
         Raises:
           JsparseError: a field is unknown or missing, all of them listed.
         """
+        fields = dict(fields)
+        if "qkv_bias" in fields:
+            fields["attention_bias"] = "qkv" if fields.pop("qkv_bias") else "none"
         known = {field.name for field in dataclasses.fields(cls)}
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
         problems = [f"unknown field {name!r}" for name in sorted(fields.keys() - known)]
         problems += [f"missing field {name!r}" for name in sorted(required - fields.keys())]
         if problems:
             raise JsparseError("model config: " + "; ".join(problems))
-        fields = dict(fields)
-        if fields.get("rope_scaling") is not None:
-            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        for name, kind in (("rope_scaling", RopeScaling), ("experts", Experts)):
+            if fields.get(name) is not None:
+                fields[name] = kind(**fields[name])
         return cls(**fields)
 
+
+_LATER = ("slides", "rotates", "norm", "qk_norm", "rotary_dim", "ffn_bias", "experts")
+"""Fields that version 0.1 did not have."""
 
 _LLAMA2_7B = ModelConfig(
     hidden_size=4096,
@@ -180,7 +258,7 @@ PRESETS: dict[str, ModelConfig] = {
         vocab_size=152064,
         ffn_kind="drelu",
         norm_eps=1e-6,
-        qkv_bias=True,
+        attention_bias="qkv",
         context_length=32768,
     ),
     "openbmb/MiniCPM-S-1B-sft": dataclasses.replace(

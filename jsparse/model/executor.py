@@ -53,7 +53,7 @@ class Executor(Protocol):
 
     def refuses(self, config: ModelConfig) -> str | None:
         """Why it cannot compute such a model, or None."""
-        return None
+        return config.unimplemented()
 
     def place(self, weights: Weights, predictors: tuple[Predictor, ...] | None) -> tuple[Weights, Any]:
         """Weights and predictors where a step of this executor takes them."""

@@ -61,7 +61,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     executor: Executor
-    window: int | None
+    layer: int
 
     @nn.compact
     def __call__(
@@ -72,8 +72,9 @@ class Attention(nn.Module):
         weights: AttentionWeights = self.get_variable("params", "weights")
         inputs = (weights.q, weights.k, weights.v)
         q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in self.executor.project(x, inputs))
-        q, k = (rotate(y, *span.rotation) for y in (q, k))
-        out, cache = self.executor.attend(q, k, v, span.start, span.count, cache, self.window)
+        if c.has_rotation(self.layer):
+            q, k = (rotate(y, *span.rotation) for y in (q, k))
+        out, cache = self.executor.attend(q, k, v, span.start, span.count, cache, c.window(self.layer))
         return self.executor.project(out.reshape(*x.shape[:2], -1), [weights.o], split="in")[0], cache
 
 
@@ -95,7 +96,7 @@ class Block(nn.Module):
         c = self.config
         weights: Layer = self.get_variable("params", "weights")
         normed = self.executor.norm(x, weights.input_norm, c.norm_eps)
-        attention = Attention(c, self.executor, c.window(self.layer), parent=None)
+        attention = Attention(c, self.executor, self.layer, parent=None)
         attended, cache = apply(attention, weights.attention, normed, span, cache)
         x = x + c.residual_scale * attended
         normed = self.executor.norm(x, weights.post_attention_norm, c.norm_eps)

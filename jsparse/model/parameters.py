@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.arrays import Matrix, QuantizedRows
+from jsparse.arrays import Matrix, Rows
 from jsparse.errors import JsparseError, listing
 from jsparse.model.config import ModelConfig
 from jsparse.model.weights import AttentionWeights, FFNWeights, Layer, Linear, Params, Weights
@@ -52,9 +52,11 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
         block = {"input_norm": parameter("norm", "D")}
         for name, axis in (("q", "NH"), ("k", "KH"), ("v", "KH")):
             block[f"attention/{name}/rows"] = parameter("matrix", axis, "D")
-            if c.qkv_bias:
+            if c.attention_bias != "none":
                 block[f"attention/{name}/bias"] = parameter("bias", axis)
         block["attention/o/rows"] = parameter("matrix", "D", "NH")
+        if c.attention_bias == "all":
+            block["attention/o/bias"] = parameter("bias", "D")
         block["post_attention_norm"] = parameter("norm", "D")
         matrices = ("gate", "up", "down_t") if c.ffn_spec().up else ("gate", "down_t")
         block |= {f"ffn/{name}": parameter("matrix", "F", "D") for name in matrices}
@@ -88,7 +90,7 @@ def make_weights(config: ModelConfig, leaf: Callable[[str, Parameter], Any]) -> 
 
 def by_path(tree: Any) -> dict[str, Matrix | Array]:
     """Every stored matrix and vector of a pytree of weights by its path; a low-bit matrix is one entry."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, QuantizedRows))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Rows))
     named = {"/".join(_name(entry) for entry in path): leaf for path, leaf in leaves}
     return {path: leaf for path, leaf in named.items() if not path.endswith("ffn/threshold")}
 

@@ -42,6 +42,8 @@ def make_rows(params: Params, texts: Sequence[Any] | str, options: CalibrationOp
       JsparseError: there is too little text, or an id is outside the vocabulary.
     """
     config = params.config
+    if reason := config.unimplemented():
+        raise JsparseError(f"this model cannot be calibrated: {reason}")
     if isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, list | tuple) and not (isinstance(texts, np.ndarray) and texts.ndim):
@@ -180,7 +182,8 @@ def _run_block(
     inputs = np.empty((hidden.shape[0], max(1, hidden.shape[1] - 1), hidden.shape[2]), np.float32)
     size = max(1, _TOKEN_BLOCK // hidden.shape[1])
     # One program for all layers whose attention is alike.
-    alike = next(other for other in range(config.num_layers) if config.window(other) == config.window(layer))
+    kinds = [(config.window(each), config.has_rotation(each)) for each in range(config.num_layers)]
+    alike = kinds.index(kinds[layer])
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         hidden[rows], x = _block_step(block, hidden[rows], config, alike, dtype)

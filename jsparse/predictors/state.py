@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.arrays import QuantizedRows
+from jsparse.arrays import restore_rows
 from jsparse.checkpoints.first_format import leaves_in_order
 from jsparse.checkpoints.native import digest
 from jsparse.errors import JsparseError
@@ -63,7 +63,6 @@ class CalibrationState:
         self._hidden(layer - 1).unlink(missing_ok=True)
 
     def read_layer(self, layer: int) -> tuple[Predictor, LayerReport]:
-        c = self._config
         with self._read(self._layer(layer)) as saved:
             report = LayerReport(**json.loads(str(saved["report"])))
             leaves = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
@@ -71,8 +70,8 @@ class CalibrationState:
         if self._options.bits == 16:
             return Predictor(*leaves), report
         a_values, a_scale, b_values, b_scale, *vectors = leaves  # bias, and since 0.2 the rate
-        a = QuantizedRows(a_values, a_scale, self._options.bits, c.hidden_size)
-        return Predictor(a, QuantizedRows(b_values, b_scale, self._options.bits, report.rank), *vectors), report
+        a = restore_rows(a_values, a_scale, self._options.bits, self._config.hidden_size)
+        return Predictor(a, restore_rows(b_values, b_scale, self._options.bits, report.rank), *vectors), report
 
     def _read(self, path: Path) -> Any:
         try:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 import numpy as np
 
-from jsparse.arrays import Matrix, dequantize, quantize_rows
+from jsparse.arrays import Matrix, Storage, dequantize, quantize_rows
 from jsparse.errors import JsparseError
 from jsparse.typing import Array, Float
 
@@ -174,9 +174,9 @@ def _round_features(a, gram, bits):
     a = a / before[:, None]
     if bits == 16:
         return a.astype(jnp.bfloat16), before
-    a = quantize_rows(a, bits)
+    a = quantize_rows(a, Storage(f"int{bits}"))
     after = deviations(dequantize(a).astype(jnp.float64))
-    return dataclasses.replace(a, scale=(a.scale / after).astype(jnp.float32)), before * after
+    return dataclasses.replace(a, scale=(a.scale / after[:, None]).astype(jnp.float32)), before * after
 
 
 def _fit_clipped(gate, x, mean, a, threshold):
@@ -211,7 +211,8 @@ def _round_weights(a, b, bits):
         return a, b.astype(jnp.bfloat16)
     column = jnp.sqrt(jnp.mean(b**2, axis=0))
     column = jnp.where(column > 0, column, 1) ** _EVENING
-    return dataclasses.replace(a, scale=(a.scale * column).astype(jnp.float32)), quantize_rows(b / column, bits)
+    a = dataclasses.replace(a, scale=(a.scale * column[:, None]).astype(jnp.float32))
+    return a, quantize_rows(b / column, Storage(f"int{bits}"))
 
 
 def _estimate(a, b, x):

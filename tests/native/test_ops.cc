@@ -617,9 +617,9 @@ void TestChecker() {
   const std::string place = message({"x", Element::kF32, {2, 1}, reinterpret_cast<uint8_t*>(data) + 2});
   Expect(place == "linear: x is not aligned to its elements of 4 bytes", place);
   Checker check("linear");
-  check.ExpectMatrix({"weight 0", Element::kU8, {2, 4}, data}, {"weight 0's scale", Element::kF32, {3}, data}, -1, 9);
-  Expect(check.message() == "linear: weight 0 has shape (2, 4), expected (any, 5); weight 0's scale has shape (3), "
-                            "expected (2)", check.message());
+  check.ExpectMatrix({"weight 0", Element::kU8, {2, 4}, data}, {"weight 0's scale", Element::kF32, {3, 1}, data}, -1, 9);
+  Expect(check.message() == "linear: weight 0 has shape (2, 4), expected (any, 5); weight 0's scale has shape (3, 1), "
+                            "expected (2, 1)", check.message());
 }
 
 }  // namespace
