@@ -83,7 +83,7 @@ class JsparseDecoder:
 
         def step():
             operands = self._weights, self._predictors, caches, state, jnp.int32(TOKENS)
-            result.extend(step_chunk(*operands, model=self._model))
+            result.extend(step_chunk(*operands, model=self._model, draws=False))
             return result[2]
 
         taken = seconds(step)

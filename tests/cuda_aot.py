@@ -184,6 +184,7 @@ def count_kernels(shape: str, layers: int, mesh, struct) -> int:
             state,
             struct(dtype="int32"),
             model=Model(config, KernelExecutor("cuda"), config.ffn_spec()),
+            draws=False,
         ).compile()
     (path,) = DUMP.glob("*step_chunk*.thunk_sequence.txt")
     body = path.read_text().partition("body:")[2]

@@ -25,7 +25,7 @@ def test_generate_keeps_what_it_compiled(variable, folder, tmp_path):
     assert first.stdout == again.stdout
     assert first.stdout.startswith("37 + 58 = 95\n95 - 12 = 83\nanswer 83\n")
     assert re.search(r"\[29 tokens decoded, [\d.]+ tokens/s", again.stderr)
-    assert any("decode_chunk" in name for name in kept)
+    assert any("step_chunk" in name for name in kept)
     assert {path.name for path in (tmp_path / folder).glob("*-cache")} == kept
 
 

@@ -18,7 +18,7 @@ from jsparse.model.cache import LayerCache, cache_dtype, make_caches
 from jsparse.model.executor import Executor
 from jsparse.model.slots import SlotState
 from jsparse.model.weights import Params, Weights
-from jsparse.typing import Array, Bool, Float, Int
+from jsparse.typing import Array, Bool, Float, Int, Shaped
 
 STEPS = 32
 """Most decode steps per call of the jitted loop."""
@@ -46,16 +46,16 @@ def prefill_chunk(
     return caches, jnp.where(count[:, None] > 0, found, logits)
 
 
-@partial(jax.jit, static_argnames="eos_ids")
+@partial(jax.jit, static_argnames=("eos_ids", "draws"))
 def first_token(
-    logits: Float[Array, "B V"], state: SlotState, eos_ids: tuple[int, ...]
+    logits: Float[Array, "B V"], state: SlotState, eos_ids: tuple[int, ...], draws: bool
 ) -> tuple[SlotState, Int[Array, "B"]]:
     """The state once each sequence has the token behind its prompt."""
-    token = choose(logits[:, None], state.position[:, None] + 1, state)[:, 0]
+    token = choose(logits[:, None], state.position[:, None] + 1, state, draws)[:, 0]
     return state.take(token, jnp.all(jnp.isfinite(logits), axis=-1), eos_ids), token
 
 
-@partial(jax.jit, static_argnames="model", donate_argnames=("caches", "state"))
+@partial(jax.jit, static_argnames=("model", "draws"), donate_argnames=("caches", "state"))
 def step_chunk(
     weights: Weights,
     predictors: tuple[Any, ...] | None,
@@ -64,8 +64,11 @@ def step_chunk(
     num_steps: Int[Array, ""],
     *,
     model: Model,
+    draws: bool,
 ) -> tuple[Caches, SlotState, Int[Array, "B steps"], Int[Array, "B"], Int[Array, "L 2"]]:
     """Up to num_steps (at most STEPS) decode steps in one device program; it ends when every sequence has.
+
+    Draws says whether a sequence may have a temperature (see `choose`).
 
     Returns:
       caches and state, the tokens chosen and how many of them each sequence has (its first ones), and the neuron counts
@@ -79,7 +82,7 @@ def step_chunk(
             weights, predictors, state.token[:, None], state.position, count, caches, model=model
         )
         is_finite = jnp.all(jnp.isfinite(logits), axis=-1) & _hold(caches, state.position)
-        chosen = choose(logits[:, None], state.position[:, None] + 1, state)[:, 0]
+        chosen = choose(logits[:, None], state.position[:, None] + 1, state, draws)[:, 0]
         takes = state.active & is_finite
         tokens = tokens.at[:, i].set(chosen)
         counts = counts + jnp.sum(jnp.where(takes[:, None], step_counts, 0), axis=1)
@@ -128,6 +131,7 @@ class JittedLoop:
         """Take over from the prompts, which left caches and state; `place` returned weights and predictors."""
         self._model, self._weights, self._predictors = model, weights, predictors
         self._caches, self._state = caches, state
+        self._draws = bool(np.any(np.asarray(state.temperature) > 0))
 
     @property
     def active(self) -> np.ndarray:
@@ -140,9 +144,8 @@ class JittedLoop:
 
     def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, None]:
         """As `DecodeLoop.advance`."""
-        self._caches, self._state, *found = step_chunk(
-            self._weights, self._predictors, self._caches, self._state, jnp.int32(steps), model=self._model
-        )
+        operands = self._weights, self._predictors, self._caches, self._state, np.int32(steps)
+        self._caches, self._state, *found = step_chunk(*operands, model=self._model, draws=self._draws)
         return *map(np.asarray, found), None
 
     def check(self, ended: np.ndarray | bool = False) -> None:
@@ -198,12 +201,13 @@ class Decoding:
         begun = time.perf_counter()
         caches, logits = self._prefill(prompts, lengths)
         state = initial_state(lengths, self._limit, seed, sampling)
-        state, token = first_token(logits, state, config.eos_token_ids)
+        draws = sampling.temperature > 0
+        state, token = first_token(logits, state, config.eos_token_ids, draws)
         check_finite(caches, state)
         self._last = np.asarray(token)
         self._produced = np.ones_like(self._limit)
-        draws = partial(_choose_one, state=state) if sampling.temperature > 0 else None
-        own = executor.loop(config, self.model.spec, self._weights, predictors, caches, state, draws, STEPS)
+        chooser = partial(_choose_one, state=state) if draws else None
+        own = executor.loop(config, self.model.spec, self._weights, predictors, caches, state, chooser, STEPS)
         self._loop = own or JittedLoop(self.model, self._weights, predictors, caches, state)
         self.statistics.prefill_seconds = time.perf_counter() - begun
 
@@ -228,7 +232,7 @@ class Decoding:
         padded = np.zeros((len(prompts), longest + size), np.int32)
         for row, prompt in zip(padded, prompts):
             row[: len(prompt)] = prompt
-        logits = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
+        logits = jax.device_put(np.zeros((len(prompts), config.vocab_size), np.float32))
         for first in range(0, longest, size):
             tokens = padded[:, first : first + min(size, bucket(longest - first))]
             start = np.full_like(lengths, first)
@@ -275,22 +279,23 @@ class Decoding:
 def initial_state(lengths: np.ndarray, limit: np.ndarray, seed: int, sampling: Sampling) -> SlotState:
     """The state before the first new token of sequences of these lengths, each to get as many tokens as its limit."""
     batch = len(lengths)
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(batch))
-    temperature, top_k, top_p = (
-        jnp.full(batch, value, dtype) for value, dtype in zip(sampling, (jnp.float32, jnp.int32, jnp.float32))
-    )
     return SlotState(
-        token=jnp.zeros(batch, jnp.int32),
-        position=jnp.asarray(lengths - 1),
-        produced=jnp.zeros(batch, jnp.int32),
-        limit=jnp.asarray(limit),
-        active=jnp.ones(batch, bool),
-        finite=jnp.ones(batch, bool),
-        key=keys,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        token=np.zeros(batch, np.int32),
+        position=lengths - 1,
+        produced=np.zeros(batch, np.int32),
+        limit=limit,
+        active=np.ones(batch, bool),
+        finite=np.ones(batch, bool),
+        key=_keys(np.int32(seed), batch),
+        temperature=np.full(batch, sampling.temperature, np.float32),
+        top_k=np.full(batch, sampling.top_k, np.int32),
+        top_p=np.full(batch, sampling.top_p, np.float32),
     )
+
+
+@partial(jax.jit, static_argnames="batch")
+def _keys(seed: Int[Array, ""], batch: int) -> Shaped[Array, "B"]:
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(batch))
 
 
 @jax.jit

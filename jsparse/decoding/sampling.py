@@ -37,21 +37,23 @@ class Sampling(NamedTuple):
         return cls(0.0 if temperature < _COLDEST else temperature, min(top_k or vocab_size, vocab_size), top_p)
 
 
-def choose(logits: Float[Array, "B T V"], position: Int[Array, "B T"], state: SlotState) -> Int[Array, "B T"]:
+def choose(
+    logits: Float[Array, "B T V"], position: Int[Array, "B T"], state: SlotState, draws: bool = True
+) -> Int[Array, "B T"]:
     """The tokens at some positions: the most likely ones where the temperature is 0, else drawn.
+
+    Without `draws` (static) no sequence has a temperature, and a program holds nothing of what draws need.
 
     A draw is the largest of `process_logits` plus Gumbel noise, which belongs to the sequence's key, the position and
     the token's id, and to nothing else: neighbours, chunks and steps that are taken again change no draw.
     """
 
-    def noisy(logits):
+    if draws:
         shape = logits.shape[-1:]
         of_position = jax.vmap(lambda key, at: jax.random.gumbel(jax.random.fold_in(key, at), shape), (None, 0))
         noise = jax.vmap(of_position)(state.key, position)
         is_drawn = (state.temperature > 0)[:, None, None]
-        return jnp.where(is_drawn, process_logits(logits, state) + noise, logits)
-
-    logits = jax.lax.cond(jnp.any(state.temperature > 0), noisy, lambda logits: logits, logits)
+        logits = jnp.where(is_drawn, process_logits(logits, state) + noise, logits)
     # The lowest id among equals; on a CPU XLA's argmax takes several times as long.
     return jax.lax.top_k(logits, 1)[1][..., 0]
 
