@@ -33,7 +33,7 @@ setup(
         Extension(
             "cpu_kernels._native",
             sources=sorted(glob("cpu_kernels/native/*.cc")),
-            depends=sorted(glob("cpu_kernels/native/**/*.h", recursive=True)),
+            depends=sorted(glob("cpu_kernels/native/*.h") + glob("cpu_kernels/native/**/*.inc", recursive=True)),
             extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,

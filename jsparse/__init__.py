@@ -9,7 +9,7 @@ from jsparse.model.config import PRESETS, ModelConfig
 from jsparse.model.weights import FFNWeights, Params, Predictor, Weights
 from jsparse.predictors.options import CalibrationOptions, LayerReport
 
-__version__ = "0.1.1"
+__version__ = "0.2.0"
 __all__ = [
     "PRESETS",
     "CalibrationOptions",

@@ -102,8 +102,7 @@ def attend(
         aliases={5: 0, 6: 1},
         warps=size // 8,
     )
-    out = _combine(partial, largest, total)[:, :, :head_dim]
-    return jnp.where((count > 0)[:, None, None], out, 0)[:, None], keys, values
+    return _combine(partial, largest, total)[:, None, :, :head_dim], keys, values
 
 
 def _combine(partial: jax.Array, largest: jax.Array, total: jax.Array) -> jax.Array:
@@ -122,14 +121,15 @@ def _combine(partial: jax.Array, largest: jax.Array, total: jax.Array) -> jax.Ar
             sums, totals = carry
             runs = i * lanes + jnp.arange(lanes)
             exists = runs < splits
-            weight = jnp.exp(load(largest_ref, token, head, runs, mask=exists) - most)
-            weight = jnp.where(exists, weight, 0)
+            largest = load(largest_ref, token, head, runs, mask=exists)
+            weight = jnp.where(exists & (largest != -jnp.inf), jnp.exp(largest - most), 0)
             rows = load(partial_ref, token, head, runs[:, None], dims[None], mask=exists[:, None])
             totals += jnp.sum(weight * load(total_ref, token, head, runs, mask=exists))
             return sums + jnp.sum(weight[:, None] * rows, axis=0), totals
 
         sums, totals = jax.lax.fori_loop(0, -(-splits // lanes), step, (jnp.zeros(width, jnp.float32), jnp.float32(0)))
-        store(out_ref, sums / totals, token, head, dims)
+        # Of a token that does not exist nothing is visible.
+        store(out_ref, jnp.where(totals == 0, 0, sums / totals), token, head, dims)
 
     (out,) = call(
         body,

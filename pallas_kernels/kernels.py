@@ -8,6 +8,7 @@ XLA. No kernel waits for another's programs and none uses atomics: the order of 
 A matrix is an array, or `(values, scale)` with a scale per row: values int8, or uint8 with two 4-bit numbers a byte.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -65,8 +66,6 @@ def predict_gate_up(
     """
     batch, num_neurons = x.shape[0], bias.shape[0]
     size, blocks = tiles.neurons, -(-num_neurons // tiles.neurons)
-    packed = isinstance(b, tuple) and b[0].dtype == jnp.uint8
-    rank, stored_columns = features.shape[1], values_of(b).shape[1]
     columns = min(tiles.columns, _power_of_two(x.shape[1]))
 
     def body(*refs):
@@ -85,24 +84,12 @@ def predict_gate_up(
             group_size = num_neurons // route.shape[1]
             exists &= load(route_ref, token, neurons // group_size, mask=exists) != 0
 
-        scores = 0.0
-        for cols, inside in _chunks(stored_columns, min(_PREDICTOR_COLUMNS, _power_of_two(stored_columns))):
-            stored = load(b_ref[0], neurons[:, None], cols[None], mask=_all(exists[:, None], inside))
-            for i, part in enumerate(nibbles(stored) if packed else [stored]):
-                of = cols * 2 + i if packed else cols
-                feature = load(features_ref, token, of, mask=None if inside is None and rank % 2 == 0 else of < rank)
-                scores += part.astype(jnp.float32) * feature[None]
-        scores = _scaled(jnp.sum(scores, axis=1), b_ref, neurons, exists) + load(bias_ref, neurons, mask=exists)
+        scores = _scores(b_ref, features_ref, token, neurons, exists) + load(bias_ref, neurons, mask=exists)
         predicted = exists & (scores > 0)
         place = jnp.cumsum(predicted.astype(jnp.int32)) - 1
         num_predicted = jnp.sum(predicted.astype(jnp.int32))
 
-        def dot(matrix, rows, wanted):
-            sums = 0.0
-            for cols, inside in _chunks(x.shape[1], columns):
-                weights = load(matrix[0], rows[:, None], cols[None], mask=_all(wanted[:, None], inside))
-                sums += weights.astype(jnp.float32) * load(x_ref, token, cols, mask=inside)[None]
-            return _scaled(jnp.sum(sums, axis=1), matrix, rows, wanted)
+        dot = functools.partial(_dot, x_ref, token, columns)
 
         def step(i, num_survivors):
             slots = i * tiles.rows + jnp.arange(tiles.rows)
@@ -117,12 +104,9 @@ def predict_gate_up(
             if up_ref is not None:
                 hidden = hidden * psi(dot(up_ref, rows, wanted if parallel else survives))
             hidden = jnp.where(survives, hidden, 0)
-            # Survivors first, in order; what comes after them the next step overwrites.
-            keep = (hidden != 0).astype(jnp.int32)
-            before, kept = jnp.cumsum(keep), jnp.sum(keep)
-            to = num_survivors + jnp.where(keep == 1, before - 1, kept + jnp.arange(tiles.rows) - before)
-            store(survivors_ref, rows, token, block, to)
-            store(hidden_ref, hidden, token, block, to)
+            to, kept = _survivors_first(hidden != 0)
+            store(survivors_ref, rows, token, block, num_survivors + to)
+            store(hidden_ref, hidden, token, block, num_survivors + to)
             return num_survivors + kept
 
         steps = (num_predicted + tiles.rows - 1) // tiles.rows
@@ -149,6 +133,37 @@ def predict_gate_up(
         ],
         warps=tiles.gate_warps,
     )
+
+
+def _scores(b: list, features_ref, token: jax.Array, neurons: jax.Array, exists: jax.Array) -> jax.Array:
+    """b features of some neurons, those of them that exist."""
+    width, rank = b[0].shape[1], features_ref.shape[1]
+    scores = 0.0
+    for cols, inside in _chunks(width, min(_PREDICTOR_COLUMNS, _power_of_two(width))):
+        stored = load(b[0], neurons[:, None], cols[None], mask=_all(exists[:, None], inside))
+        packed = stored.dtype == jnp.uint8
+        for i, part in enumerate(nibbles(stored) if packed else [stored]):
+            of = cols * 2 + i if packed else cols
+            feature = load(features_ref, token, of, mask=None if inside is None and rank % 2 == 0 else of < rank)
+            scores += part.astype(jnp.float32) * feature[None]
+    return _scaled(jnp.sum(scores, axis=1), b, neurons, exists)
+
+
+def _dot(x_ref, token: jax.Array, columns: int, matrix: list, rows: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Some rows of a matrix times the token's x, so many columns at a time; only wanted rows are read."""
+    sums = 0.0
+    for cols, inside in _chunks(x_ref.shape[1], columns):
+        weights = load(matrix[0], rows[:, None], cols[None], mask=_all(wanted[:, None], inside))
+        sums += weights.astype(jnp.float32) * load(x_ref, token, cols, mask=inside)[None]
+    return _scaled(jnp.sum(sums, axis=1), matrix, rows, wanted)
+
+
+def _survivors_first(survives: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where each goes so that survivors stand first, in order, and how many they are. What comes behind them the next
+    step overwrites."""
+    keep = survives.astype(jnp.int32)
+    before, kept = jnp.cumsum(keep), jnp.sum(keep)
+    return jnp.where(keep == 1, before - 1, kept + jnp.arange(keep.size) - before), kept
 
 
 def down(

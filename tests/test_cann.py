@@ -322,11 +322,13 @@ def test_a_predictor_with_entries_beyond_float16(npu):
 
 
 def test_weights_beyond_float16_are_refused(npu):
-    low_bit = jnp.full((2, 2), 127, jnp.int8), jnp.full(2, 1e4)
+    low_bit = jnp.full((2, 2), 127, jnp.int8), jnp.full((2, 1), 1e4)
     with pytest.raises(ValueError, match=r"a weight of shape \(1, 2\) has values that torch.float16 cannot hold"):
         handover.resident(jnp.asarray([[1e30, 1.0]], jnp.bfloat16), cann_bridge.device())
     with pytest.raises(ValueError, match=r"a weight of 2 rows has values that torch.float16 cannot hold"):
         handover.resident(low_bit, cann_bridge.device())
+    with pytest.raises(ValueError, match=r"scales of shape \(2, 3\); a row has one on this device"):
+        handover.resident((low_bit[0], jnp.ones((2, 3))), cann_bridge.device())
 
 
 def test_what_jax_owns_is_borrowed_and_never_written():

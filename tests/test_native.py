@@ -15,22 +15,35 @@ SOURCES = [
 FLAGS = ["-std=c++17", "-O1", "-g", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
 
 
+def compiler() -> str:
+    found = shutil.which("c++") or shutil.which("g++")
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+def test_headers_compile_alone(tmp_path):
+    for header in sorted((ROOT / "cpu_kernels" / "native").glob("*.h")):
+        source = tmp_path / "alone.cc"
+        source.write_text(f'#include "{header}"\n')
+        command = [compiler(), "-std=c++17", "-Wall", "-Werror", "-fsyntax-only", source]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("sanitizers", ["address,undefined", pytest.param("thread", marks=pytest.mark.nightly)])
 def test_native_operations(sanitizers, tmp_path):
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     flags = [*FLAGS, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{ROOT / 'cpu_kernels' / 'native'}"]
     objects = [tmp_path / f"{source.stem}.o" for source in SOURCES]
     running = [
-        subprocess.Popen([compiler, *flags, "-c", source, "-o", target], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([compiler(), *flags, "-c", source, "-o", target], stderr=subprocess.PIPE, text=True)
         for source, target in zip(SOURCES, objects)
     ]
     for process in running:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
     program = tmp_path / "test_ops"
-    subprocess.run([compiler, *flags, *objects, "-o", program], check=True)
+    subprocess.run([compiler(), *flags, *objects, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert "baseline: done" in done.stdout

@@ -4,5 +4,5 @@
 #define LANES 8
 #define TILE 3
 #define TARGET __attribute__((target("avx2,fma")))
-#include "kernels_body.h"
+#include "kernels_body.inc"
 #endif

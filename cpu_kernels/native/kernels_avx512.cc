@@ -4,5 +4,5 @@
 #define LANES 16
 #define TILE 6
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#include "kernels_body.h"
+#include "kernels_body.inc"
 #endif

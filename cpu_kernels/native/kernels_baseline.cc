@@ -8,4 +8,4 @@
 #define TILE 3
 #endif
 #define TARGET
-#include "kernels_body.h"
+#include "kernels_body.inc"

@@ -8,7 +8,7 @@ are like no other token's, and it is never decoded sparsely.
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jsparse.predictors.options import CalibrationOptions, LayerReport
 from jsparse.predictors.state import CalibrationState
 from jsparse.predictors.svd import fit_low_bit
 from jsparse.predictors.thresholds import fit_bias
-from jsparse.typing import Array, Float, Int
+from jsparse.typing import Array, Bool, Float, Int
 
 MAX_SEQUENCE = 512
 _NEURON_BLOCK = 128
@@ -102,31 +102,69 @@ def fit_layer(
     layer: int,
 ) -> tuple[Predictor, LayerReport]:
     """The predictor of one layer from its FFN inputs: the first half of the rows for a and b, the rest for bias."""
-    half = len(inputs) // 2
-    width = inputs.shape[-1]
-    fit_x, threshold_x = inputs[:half].reshape(-1, width), jnp.asarray(inputs[half:].reshape(-1, width))
-    rank, spec = options.ranks(config)[layer], config.ffn_spec()
+    half, width = len(inputs) // 2, inputs.shape[-1]
+    a, b, offset = _fit_factors(ffn, inputs[:half].reshape(-1, width), config, options, layer)
+    found = _statistics(ffn, jnp.asarray(inputs[half:].reshape(-1, width)), a, b, offset, config, options)
+    return _with_thresholds(a, b, offset, found, config, options, layer)
+
+
+def _fit_factors(
+    ffn: FFNWeights, x: Float[np.ndarray, "n D"], config: ModelConfig, options: CalibrationOptions, layer: int
+) -> tuple[Matrix, Matrix, Float[Array, "F"]]:
+    """a, b and what is added to their scores before any threshold."""
     a, b, offset = fit_low_bit(
         dequantize(ffn.gate),
-        fit_x,
-        rank,
+        x,
+        options.ranks(config)[layer],
         bits=options.bits,
         whiten=options.whiten,
         center=options.center,
         refit=options.refit,
         threshold=config.ffn_threshold,
     )
-    if options.bias == "neuron":
-        offset = jnp.zeros_like(offset)  # a threshold per neuron absorbs it
-    features = linear(threshold_x, a)
-    shape = (config.intermediate_size, threshold_x.shape[0])
-    scores, cost, active = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, bool)
+    # A threshold per neuron absorbs it.
+    return a, b, jnp.zeros_like(offset) if options.bias == "neuron" else offset
+
+
+class _Statistics(NamedTuple):
+    """Of every neuron and token (F, n): its score, what skipping it costs, and whether it is active."""
+
+    scores: Float[np.ndarray, "F n"]
+    cost: Float[np.ndarray, "F n"]
+    active: Bool[np.ndarray, "F n"]
+
+
+def _statistics(
+    ffn: FFNWeights,
+    x: Float[Array, "n D"],
+    a: Matrix,
+    b: Matrix,
+    offset: Float[Array, "F"],
+    config: ModelConfig,
+    options: CalibrationOptions,
+) -> _Statistics:
+    features, shape = linear(x, a), (config.intermediate_size, x.shape[0])
+    found = _Statistics(np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, bool))
     for start in range(0, config.intermediate_size, _NEURON_BLOCK):
         block = slice(start, min(start + _NEURON_BLOCK, config.intermediate_size))
         neurons = jnp.arange(block.start, block.stop)
-        scores[block], cost[block], active[block] = _block_statistics(
-            threshold_x, features, ffn, b, offset, neurons, spec, options.importance
-        )
+        some = _block_statistics(x, features, ffn, b, offset, neurons, config.ffn_spec(), options.importance)
+        for every, of_block in zip(found, some):
+            every[block] = of_block
+    return found
+
+
+def _with_thresholds(
+    a: Matrix,
+    b: Matrix,
+    offset: Float[Array, "F"],
+    found: _Statistics,
+    config: ModelConfig,
+    options: CalibrationOptions,
+    layer: int,
+) -> tuple[Predictor, LayerReport]:
+    """The predictor whose thresholds skip what costs least, and what it does on these tokens."""
+    scores, cost, active = found
     sparsity = 1 - np.count_nonzero(active) / active.size
     target = max(0.0, (options.sparsity - (_CAUTION if layer < _CAUTIOUS_LAYERS else 0)) * sparsity)
     fit = fit_bias(scores, cost, target, levels=_LEVELS, mode=options.bias, silenced=options.silenced)
@@ -136,7 +174,7 @@ def fit_layer(
     num_active = np.count_nonzero(active)
     recall = np.count_nonzero(predicted & active) / num_active if num_active else 1.0
     skipped = 1 - np.count_nonzero(predicted) / active.size
-    report = LayerReport(layer, rank, sparsity, skipped, recall, fit.stopped_early)
+    report = LayerReport(layer, a.shape[0], sparsity, skipped, recall, fit.stopped_early)
     rate = jnp.asarray(active.mean(axis=1, dtype=np.float64), jnp.float32)
     return Predictor(a, b, (bias + offset).astype(jnp.float32), rate), report
 
