@@ -79,7 +79,7 @@ def random_layer(config: jsparse.ModelConfig, leading_rank: int, seed: int = 0) 
 
     def int4(rows, columns, scale):
         nibbles = rng.integers(1, 16, (2, rows, columns // 2), np.uint8)
-        scale = jnp.asarray(np.broadcast_to(scale / _INT4_DEVIATION, (rows, 1)), jnp.float32)
+        scale = jnp.asarray(np.broadcast_to(np.reshape(scale, (-1, 1)) / _INT4_DEVIATION, (rows, 1)), jnp.float32)
         return Rows(jnp.asarray(nibbles[0] | nibbles[1] << 4), scale, Storage("int4"), columns)
 
     a = int4(rank, width, np.sqrt(energy / width))
