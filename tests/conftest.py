@@ -41,6 +41,16 @@ from jsparse.model.layers import apply
 from jsparse.model.parameters import Parameter, make_weights
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of the interpreted kernels, which take longest, the programs for one token are left to `make test-all`."""
+    for item in items:
+        name, params = getattr(item, "originalname", None), getattr(getattr(item, "callspec", None), "params", {})
+        is_interpreted = getattr(item.cls, "__name__", None) == "TestCudaInterpreted"
+        if is_interpreted and name == "test_sparse_ffn_is_the_ffn_of_the_predicted_neurons" and params["batch"] == 1:
+            item.add_marker(pytest.mark.nightly)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
     """A run whose every test was skipped has shown nothing: `pytest -m gpu` without a GPU is no success."""

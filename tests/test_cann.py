@@ -117,7 +117,7 @@ def test_a_fixed_number_of_rows_drops_the_lowest_scores():
     torch.testing.assert_close(fewer, ops().sparse_ffn(x, *weights, a, b, kept, "relu", "linear")[0])
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("sparse", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_every_way_generates_the_same_tokens(fitted, sparse):
     def texts(executor):
         options = {"max_new_tokens": 48, "sparse": sparse, "executor": executor}
@@ -170,7 +170,7 @@ def test_a_sequence_that_ends_before_the_first_step(fitted):
     assert found == ""
 
 
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.nightly), 40])
 def test_a_chunk_whose_graph_read_too_few_rows_is_done_again(fitted, window, monkeypatch):
     """The tokens are those of XLA although replayed steps drop neurons, also where a window still sees old slots."""
     model = dataclasses.replace(fitted, config=dataclasses.replace(fitted.config, sliding_window=window))

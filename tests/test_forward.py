@@ -37,7 +37,7 @@ def executors() -> list:
     return [
         pytest.param(KernelExecutor("cpu"), id="cpu", marks=native),
         pytest.param(Xla(), id="xla"),
-        pytest.param(KernelExecutor("cuda"), id="cuda interpreted"),
+        pytest.param(KernelExecutor("cuda"), id="cuda interpreted", marks=pytest.mark.nightly),
         pytest.param(Npu(Xla(), "cpu", whole=False), id="cann on PyTorch's CPU"),
     ]
 
