@@ -19,9 +19,10 @@ from conftest import TINY, random_params, run_decoder
 from test_generation import byte_tokenizer
 
 import jsparse
-from jsparse.arrays import Rows
+from jsparse.arrays import Rows, cast
 from jsparse.cli import calibrate
 from jsparse.executors.xla import Xla
+from jsparse.model.parameters import by_path, make_weights, parameters
 from jsparse.model.weights import Linear
 from jsparse.predictors import state as calibration_state
 from jsparse.predictors.fit import CalibrationOptions, fit_layers, make_rows
@@ -64,6 +65,23 @@ def ffn_inputs(params: jsparse.Params, rows: np.ndarray) -> list[np.ndarray]:
 
     _, inputs = run_decoder(params, rows[len(rows) // 2 :], feed_forward)
     return [np.asarray(x)[:, 1:].reshape(-1, params.config.hidden_size) for x in inputs]
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "int8"])
+def test_weights_of_every_storage_are_calibrated(small, storage):
+    """To nearly what float32 gives."""
+    table, leaves = parameters(small.config), by_path(small.weights)
+
+    def leaf(path, _):
+        if table[path].role in ("norm", "bias"):
+            return leaves[path]
+        return cast(leaves[path], "bfloat16" if table[path].role == "embed" and storage == "int8" else storage)
+
+    _, wanted = fit(small)
+    _, found = fit(dataclasses.replace(small, weights=make_weights(small.config, leaf)))
+    for ours, exact in zip(found, wanted, strict=True):
+        assert abs(ours.recall - exact.recall) < 0.05
+        assert abs(ours.skipped - exact.skipped) < 0.05
 
 
 @pytest.mark.parametrize(("kind", "threshold"), [("reglu", 0.0), ("drelu", 0.0), ("fatrelu", 0.3)])

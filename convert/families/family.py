@@ -39,21 +39,20 @@ class Family:
       read: from config.json and the fields of `ModelConfig` known so far to those that this family alone decides.
       write: from a model's configuration to the keys of config.json that this family alone has.
       ffn_kind: the kind of its FFN, where config.json does not say it; None where its activation does.
-      activations: FFN kinds by activation, where they differ from the usual ones.
       names: Hugging Face's name of every parameter, as `NAMES`.
     """
 
     model_type: str
     architecture: str
     defaults: Mapping[str, Any]
-    read: Callable[[Fields, dict[str, Any]], dict[str, Any]] = lambda fields, known: {}
-    write: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
+    read: Callable[[Fields, dict[str, Any]], dict[str, Any]]
+    write: Callable[[ModelConfig], dict[str, Any]]
     ffn_kind: str | None = None
     names: Mapping[str, str] = dataclasses.field(default_factory=lambda: NAMES)
 
 
 def refuse_attention_bias(fields: Fields) -> None:
-    """For families whose classes have no such key."""
+    """Note a problem where config.json asks for biases, for families whose classes have no such key."""
     if fields.raw.get("attention_bias"):
         fields.problems.append("attention_bias is set, which this family does not have")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jsparse.checkpoints.open import DEFAULT_MODEL
 from jsparse.executors.xla import activate, activate_up
-from jsparse.model.cache import cache_dtype, make_caches
+from jsparse.model.cache import make_caches, wide_cache_dtype
 from jsparse.model.config import ModelConfig
 from jsparse.model.decoder import Decoder
 from jsparse.model.executor import Executor
@@ -60,7 +60,7 @@ def teacher_forced(
         y, counts = executor.sparse_ffn(flat, ffn, predictors[layer], spec)
         return y[None], jnp.append(jnp.sum(counts, axis=0), active)
 
-    caches = make_caches(config, 1, row.size, cache_dtype(weights.embed))
+    caches = make_caches(config, 1, row.size, wide_cache_dtype(weights.embed))
     span = jnp.zeros(1, jnp.int32), jnp.full(1, row.size, jnp.int32)
     logits, _, counts = apply(Decoder(config, executor), weights, row[None], *span, feed_forward, caches)
     return jax.nn.log_softmax(logits[0]), jnp.stack(counts)

@@ -69,3 +69,9 @@ def make_caches(config: ModelConfig, batch: int, length: int, dtype: str) -> tup
 def cache_dtype(embed: Matrix) -> str:
     """What keys and values are stored in: the dtype of the model's embedding, bfloat16 where that has low-bit rows."""
     return jnp.dtype(getattr(embed, "dtype", jnp.bfloat16)).name
+
+
+def wide_cache_dtype(embed: Matrix) -> str:
+    """As `cache_dtype`, but float32 instead of float16, whose range a pass would have to watch."""
+    dtype = cache_dtype(embed)
+    return "float32" if dtype == "float16" else dtype

@@ -17,7 +17,7 @@ import numpy as np
 from jsparse.arrays import Matrix, dequantize, take_rows
 from jsparse.errors import JsparseError
 from jsparse.executors.xla import Xla, activate, activate_up, linear
-from jsparse.model.cache import cache_dtype, make_cache
+from jsparse.model.cache import make_cache, wide_cache_dtype
 from jsparse.model.config import ModelConfig
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.layers import Block, Span, apply
@@ -82,8 +82,7 @@ def fit_layers(
         embed = take_rows(params.weights.embed, jnp.asarray(rows.reshape(-1)))
         hidden = np.array(config.embed_scale * embed).reshape(*rows.shape, -1)
         del embed
-    # As in generation, where float16 gives way to float32 if it may not hold the keys.
-    dtype = cache_dtype(params.weights.embed).replace("float16", "float32")
+    dtype = wide_cache_dtype(params.weights.embed)
     for layer in range(first, config.num_layers):
         block = params.weights.layers[layer]
         inputs = _run_block(block, hidden, config, layer, dtype)
