@@ -7,7 +7,11 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # a torch_npu without CANN would break `import torch`
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with the processes that tests start
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jsparse-tests-")  # where commands keep compiled programs
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers have the cores; threads of BLAS and PyTorch would spin on them
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# Where commands keep compiled programs, tests do, too: what one worker or command has compiled no other does again.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jsparse-tests-")
 
 # ruff: noqa: E402  the import hook comes before what it checks
 import pytest
@@ -33,6 +37,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+jax.config.update("jax_compilation_cache_dir", os.path.join(os.environ["XDG_CACHE_HOME"], "jsparse"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+from executor_suite import ONE_OF_EACH
+
 import jsparse
 from jsparse.executors.xla import Xla
 from jsparse.model.cache import make_caches
@@ -43,12 +52,12 @@ from jsparse.model.parameters import Parameter, make_weights
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of the interpreted kernels, which take longest, the programs for one token are left to `make test-all`."""
+    """Leave to `make test-all` what `ExecutorSuite.compiles_slowly` says."""
     for item in items:
-        name, params = getattr(item, "originalname", None), getattr(getattr(item, "callspec", None), "params", {})
-        is_interpreted = getattr(item.cls, "__name__", None) == "TestCudaInterpreted"
-        if is_interpreted and name == "test_sparse_ffn_is_the_ffn_of_the_predicted_neurons" and params["batch"] == 1:
-            item.add_marker(pytest.mark.nightly)
+        if item.name.startswith("test_sparse_ffn_is_the_ffn_of_the_predicted_neurons") and item.cls.compiles_slowly:
+            params = item.callspec.params
+            if ONE_OF_EACH[params["name"]] != (params["bits"], params["batch"]):
+                item.add_marker(pytest.mark.nightly)
 
 
 @pytest.hookimpl(trylast=True)

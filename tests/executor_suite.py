@@ -90,28 +90,47 @@ def problem(
 ):
     """x, weights and predictor; neurons is no multiple of any block size, and an odd rank ends in half a byte.
 
-    Of FATReLU, every neuron has a threshold of its own.
+    Of FATReLU, every neuron has a threshold of its own. All are drawn by NumPy: JAX would compile for every shape.
     """
-    keys = jax.random.split(jax.random.key(seed), 7)
-
-    def store(matrix):
-        return quantize_rows(matrix, Storage("int8")) if storage == "int8" else matrix.astype(storage)
-
-    gate, up, down_t = (store(jax.random.normal(key, (neurons, width))) for key in keys[:3])
-    a, b = jax.random.normal(keys[3], (rank, width)), jax.random.normal(keys[4], (neurons, rank))
-    a, b = (m.astype(jnp.bfloat16) if bits == 16 else quantize_rows(m, Storage(f"int{bits}")) for m in (a, b))
-    x = jax.random.normal(keys[6], (batch, width))
-    # Of some thresholds for each neuron the one that is farthest from any score: rounding must not decide.
+    draw = normal(seed)
+    gate, up, down_t = (store(draw(neurons, width), storage) for _ in range(3))
+    low_bit = "bfloat16" if bits == 16 else f"int{bits}"
+    a, b = store(draw(rank, width), low_bit), store(draw(neurons, rank), low_bit)
+    x = draw(batch, width)
     scores = np.asarray(x, np.float64) @ oracle.matrix(a).T @ oracle.matrix(b).T
-    some = np.asarray(60 * jax.random.normal(keys[5], (50, neurons)))
-    farthest = np.abs(scores[:, None] + some).min(axis=0).argmax(axis=0)
     bias = {
-        "none": jnp.full(neurons, -jnp.inf),
-        "some": jnp.asarray(some[farthest, np.arange(neurons)]),
-        "all": jnp.full(neurons, jnp.inf),
+        "none": np.full(neurons, -np.inf, np.float32),
+        "some": -farthest(scores, 60 * draw(50, neurons)),
+        "all": np.full(neurons, np.inf, np.float32),
     }[predicted]
-    threshold = jnp.linspace(0.1, 0.5, neurons) if name.startswith("fatrelu") else jnp.zeros(neurons)
-    return x, FFNWeights(gate, None if spec.up is None else up, down_t, threshold), Predictor(a, b, bias)
+    threshold = np.zeros(neurons)
+    if name.startswith("fatrelu"):
+        gates = np.asarray(x, np.float64) @ oracle.matrix(gate).T
+        threshold = farthest(gates, np.linspace(np.full(neurons, 0.1), 0.5, 50))
+    ffn = FFNWeights(gate, None if spec.up is None else up, down_t, jnp.asarray(threshold, jnp.float32))
+    return jnp.asarray(x), ffn, Predictor(a, b, jnp.asarray(bias))
+
+
+def farthest(values: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Of each neuron's candidates (n, F) the one that is farthest from its values (B, F): rounding must not decide."""
+    best = np.abs(values[:, None] - candidates).min(axis=0).argmax(axis=0)
+    return candidates[best, np.arange(candidates.shape[1])]
+
+
+def normal(seed: int):
+    """What draws arrays of that shape."""
+    rng = np.random.default_rng(seed)
+    return lambda *shape: rng.standard_normal(shape, np.float32)
+
+
+_quantize = jax.jit(quantize_rows, static_argnums=1)
+
+
+def store(values: np.ndarray, storage: str):
+    """A matrix as that storage has it."""
+    if storage.startswith("int"):
+        return _quantize(values, Storage.parse(storage))
+    return jnp.asarray(values.astype(storage))
 
 
 def check(executor, x, ffn, predictor, spec):
@@ -125,8 +144,15 @@ def check(executor, x, ffn, predictor, spec):
     return counts
 
 
+ONE_OF_EACH = {name: ((16, 8, 4)[i % 3], (1, 3)[i // 3 % 2]) for i, (name, _) in enumerate(SPARSE_FFNS)}
+"""Every sparse FFN with one pair of the predictor's bits and a batch, and every such pair once at least."""
+
+
 class ExecutorSuite:
     """The tests of an executor, which a subclass makes."""
+
+    compiles_slowly = False
+    """Whether all combinations of FFN, bits and batch are left to `make test-all`, but `ONE_OF_EACH`."""
 
     def make(self):
         """The executor."""
@@ -177,10 +203,9 @@ class ExecutorSuite:
     @pytest.mark.parametrize(("tokens", "width"), [((), 96), ((1,), 33), ((8,), 96), ((2, 40), 31), ((600,), 96)])
     def test_project(self, executor, storage, tokens, width):
         count = int(np.prod(tokens))
-        x, ffn, _ = problem(batch=count, width=width, storage="float32" if storage == "int4" else storage)
-        weights = [quantize_rows(m, Storage("int4")) if storage == "int4" else m for m in (ffn.gate, ffn.up)]
-        bias = jnp.arange(ffn.gate.shape[0], dtype=jnp.float32) / 64
-        first, second = map(Linear, weights)
+        x, ffn, _ = problem(batch=count, width=width, storage=storage)
+        first, second = Linear(ffn.gate), Linear(ffn.up)
+        bias = jnp.asarray(np.arange(ffn.gate.shape[0], dtype=np.float32) / 64)
         with_bias = dataclasses.replace(second, bias=bias)
         outs = _project(x.reshape(*tokens, width), [first, with_bias], executor=executor)
         outs = (*outs, *_project(x.reshape(*tokens, width), [second], executor=executor))
@@ -192,8 +217,7 @@ class ExecutorSuite:
     @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "int8", "int4"])
     @pytest.mark.parametrize("width", [96, 31])
     def test_rows(self, executor, storage, width):
-        _, ffn, _ = problem(width=width, storage="float32" if storage == "int4" else storage)
-        matrix = quantize_rows(ffn.gate, Storage("int4")) if storage == "int4" else ffn.gate
+        matrix = problem(width=width, storage=storage)[1].gate
         found = jax.jit(executor.rows)(matrix, jnp.asarray([7, 0, 299, 7, 300, 2**31 - 1], jnp.int32))
         expected = np.concatenate([oracle.matrix(matrix)[[7, 0, 299, 7]], np.zeros((2, width))])
         np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -215,14 +239,25 @@ class ExecutorSuite:
         self.check_attend(executor, "bfloat16", (4, 2, 16, 20 + SPARE_SLOTS, 20), start, count, tokens)
         self.check_attend(executor, "float32", (4, 4, 10, 110, None), start, count, tokens)
 
+    @pytest.mark.parametrize("tokens", [1, 3])
+    def test_attend_sees_keys_and_values_as_the_cache_stores_them(self, executor, tokens):
+        """Its own tokens', too: of what a program has just written, no bit is left that the cache has no room for."""
+        draw = normal(1)
+        q, k, v = (jnp.asarray(draw(1, tokens, 2, 16)) for _ in range(3))
+        start, count = jnp.asarray([0], jnp.int32), jnp.asarray([tokens], jnp.int32)
+        cache = LayerCache(*(store(np.zeros((1, 64, 2, 16)), "bfloat16") for _ in range(2)))
+        out, _ = _attend(q, k, v, start, count, cache, executor=executor, window=None)
+        k, v = (np.asarray(store(np.asarray(side), "bfloat16"), np.float32) for side in (k, v))
+        expected, *_ = oracle.attend(q, k, v, start, count, cache, None)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE)
+
     def check_attend(self, executor, dtype, shape, start, count, tokens):
         heads, kv_heads, head_dim, slots, window = shape
-        keys, batch = jax.random.split(jax.random.key(0), 5), len(start)
-        q = jax.random.normal(keys[0], (batch, tokens, heads, head_dim))
-        new = (batch, tokens, kv_heads, head_dim)
-        k, v = (jax.random.normal(key, new).astype(dtype).astype(jnp.float32) for key in keys[1:3])
-        old = (batch, slots, kv_heads, head_dim)
-        cache = LayerCache(*(jax.random.normal(key, old).astype(dtype) for key in keys[3:]))
+        draw, batch = normal(0), len(start)
+        q = jnp.asarray(draw(batch, tokens, heads, head_dim))
+        k, v = (draw(batch, tokens, kv_heads, head_dim).astype(dtype).astype(np.float32) for _ in range(2))
+        k, v = jnp.asarray(k), jnp.asarray(v)
+        cache = LayerCache(*(store(draw(batch, slots, kv_heads, head_dim), dtype) for _ in range(2)))
         out, new_cache = _attend(q, k, v, start, count, cache, executor=executor, window=window)
         expected, *sides = oracle.attend(q, k, v, start, count, cache, window)
         for row, exists in enumerate(np.asarray(count)):
@@ -233,14 +268,14 @@ class ExecutorSuite:
 
     def test_a_damaged_key_does_not_hide(self, executor):
         """NaN at the newest position, alone in its block of 64 slots, comes out as NaN."""
-        cache = LayerCache(*(jnp.zeros((1, 128, 2, 64), jnp.bfloat16) for _ in range(2)))
-        ones = jnp.ones((1, 1, 2, 64))
+        cache = LayerCache(*(store(np.zeros((1, 128, 2, 64)), "bfloat16") for _ in range(2)))
+        ones, damaged = (store(np.full((1, 1, 2, 64), value), "float32") for value in (1, np.nan))
         start, count = jnp.array([64], jnp.int32), jnp.array([1], jnp.int32)
-        out, _ = _attend(ones, jnp.nan * ones, ones, start, count, cache, executor=executor, window=None)
+        out, _ = _attend(ones, damaged, ones, start, count, cache, executor=executor, window=None)
         assert np.isnan(np.asarray(out)).all()
 
     def test_norm(self, executor):
-        x, scale = jax.random.normal(jax.random.key(0), (2, 3, 37)), jnp.linspace(-1, 2, 37)
+        x, scale = jnp.asarray(normal(0)(2, 3, 37)), jnp.asarray(np.linspace(-1, 2, 37), jnp.float32)
         found = executor.norm(x, scale, 1e-2)
         exact = np.asarray(x, np.float64)
         expected = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-2) * np.asarray(scale, np.float64)
@@ -252,8 +287,8 @@ class ExecutorSuite:
         spec = dataclasses.replace(KINDS["reglu"], pipeline=pipeline)
         x, ffn, predictor = problem(bits=4)
         route = jnp.asarray([[1.0, 0, 0.5], [0, 0, 0], [0, 0, 2]])
-        left_out = (jnp.arange(300) // 100 == 1)[:, None]
-        broken = dataclasses.replace(ffn, gate=jnp.where(left_out, jnp.nan, ffn.gate))
+        left_out = (np.arange(300) // 100 == 1)[:, None]
+        broken = dataclasses.replace(ffn, gate=jnp.asarray(np.where(left_out, np.nan, ffn.gate)))
         y, counts = sparse_ffn(executor, x, broken, predictor, spec, route)
         expected, expected_counts = oracle.ffn(x, ffn, predictor, spec, route)
         np.testing.assert_array_equal(counts, expected_counts)
@@ -264,10 +299,12 @@ class ExecutorSuite:
         """Rows of neurons that are not predicted hold NaN: one that is read, or a masked dense product, would show."""
         x, ffn, predictor = problem(batch=1)
         scores = np.asarray(x, np.float64) @ oracle.matrix(predictor.a).T @ oracle.matrix(predictor.b).T
-        keep = jnp.asarray(scores[0] + np.asarray(predictor.bias) > 0)[:, None]
+        keep = (scores[0] + np.asarray(predictor.bias) > 0)[:, None]
         for _, spec in SPARSE_FFNS:
             up = None if spec.up is None else ffn.up
-            matrices = (None if m is None else jnp.where(keep, m, jnp.nan) for m in (ffn.gate, up, ffn.down_t))
+            matrices = (
+                None if m is None else jnp.asarray(np.where(keep, m, np.nan)) for m in (ffn.gate, up, ffn.down_t)
+            )
             y, _ = sparse_ffn(executor, x, FFNWeights(*matrices, ffn.threshold), predictor, spec)
             expected, _ = oracle.ffn(x, dataclasses.replace(ffn, up=up), predictor, spec)
             np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())

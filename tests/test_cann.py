@@ -399,7 +399,9 @@ def resident_memory() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize(("device", "whole"), [("cpu", False), ("cpu", True), ("npu", True)])
+@pytest.mark.parametrize(
+    ("device", "whole"), [("cpu", False), ("cpu", True), pytest.param("npu", True, marks=pytest.mark.nightly)]
+)
 def test_two_threads_at_once(fitted, device, whole):
     simulated_npu.install()
     prompts = [PROMPT, ">>> 37 + 58 - 12\n"]

@@ -31,6 +31,8 @@ def where_it_runs(name: str):
 
 
 class TestXla(ExecutorSuite):
+    compiles_slowly = True
+
     def make(self):
         return Xla()
 
@@ -49,6 +51,8 @@ class TestCuda(ExecutorSuite):
 
 
 class TestCudaInterpreted(ExecutorSuite):
+    compiles_slowly = True
+
     def make(self):
         if unavailable("cuda") is None:
             pytest.skip("executor cuda runs here itself")

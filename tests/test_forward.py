@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, random_params
+from executor_suite import ROUNDED
 
 import jsparse
 from jsparse.decoding.forward import Model, forward
@@ -32,13 +33,24 @@ PLAN = (1, 2, 16, 512, 16, 13)
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, sum(PLAN))).astype(np.int32)
 
 
-def executors() -> list:
+def executors(storages: dict[str, tuple[str, ...]]) -> list:
+    """Cases of an executor and how weights and caches are stored; what takes longest is left to `make test-all`."""
     native = pytest.mark.skipif(unavailable("cpu") is not None, reason="there is no native extension")
+    made = {
+        "cpu": KernelExecutor("cpu"),
+        "xla": Xla(),
+        "cuda interpreted": KernelExecutor("cuda"),
+        "cann on PyTorch's CPU": Npu(Xla(), "cpu", whole=False),
+    }
     return [
-        pytest.param(KernelExecutor("cpu"), id="cpu", marks=native),
-        pytest.param(Xla(), id="xla"),
-        pytest.param(KernelExecutor("cuda"), id="cuda interpreted", marks=pytest.mark.nightly),
-        pytest.param(Npu(Xla(), "cpu", whole=False), id="cann on PyTorch's CPU"),
+        pytest.param(
+            made[name],
+            dtype,
+            id=f"{name}-{dtype}",
+            marks=native if name == "cpu" else [pytest.mark.nightly] * ((name, dtype) != ("xla", "float32")),
+        )
+        for name, dtypes in storages.items()
+        for dtype in dtypes
     ]
 
 
@@ -73,34 +85,43 @@ def run(params: jsparse.Params, executor: Executor, sparse: bool, dtype: str, pl
     return np.concatenate(logits, axis=1), total, caches
 
 
-@pytest.mark.parametrize("executor", executors())
+BOTH = ("float32", "bfloat16")
+EVERY = {"cpu": BOTH, "xla": BOTH, "cuda interpreted": ("float32",), "cann on PyTorch's CPU": BOTH}
+
+
+@pytest.mark.parametrize(("executor", "dtype"), executors(EVERY))
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("config", [CONFIG, WINDOWED], ids=["all positions", "window"])
-def test_passes_of_any_size_are_single_steps(config, sparse, executor):
+def test_passes_of_any_size_are_single_steps(config, sparse, executor, dtype):
     is_cpu = executor == KernelExecutor("cpu")
-    for dtype in ("float32", "bfloat16") if is_cpu else ("float32",):
-        params = fitted(config, dtype)
-        alone, counts_alone, caches_alone = run(params, executor, sparse, dtype, (1,) * sum(PLAN))
-        together, counts, caches = run(params, executor, sparse, dtype, PLAN)
-        for row, length in enumerate(LENGTHS):
-            if is_cpu:
-                np.testing.assert_array_equal(together[row, :length], alone[row, :length])
-            else:
-                np.testing.assert_allclose(together[row, :length], alone[row, :length], rtol=0, atol=1e-5)
-        # Of the executors that round otherwise for several tokens, a score next to zero may fall on its other side.
-        np.testing.assert_allclose(counts, counts_alone, rtol=0, atol=0 if is_cpu else 2)
-        assert not counts[:, 2].any()
-        for side, wanted in zip(jax.tree.leaves(caches), jax.tree.leaves(caches_alone)):
-            if is_cpu:
-                np.testing.assert_array_equal(np.asarray(side, np.float32), np.asarray(wanted, np.float32))
-            else:
-                np.testing.assert_allclose(side, wanted, rtol=0, atol=1e-5)
-            assert not side[2].any(), "something was written for an idle sequence"
+    params = fitted(config, dtype)
+    alone, counts_alone, caches_alone = run(params, executor, sparse, dtype, (1,) * sum(PLAN))
+    together, counts, caches = run(params, executor, sparse, dtype, PLAN)
+    # Of a cache in 16 bits a key may be rounded to its other side.
+    allowed = 0 if is_cpu else 1e-5 if dtype == "float32" else ROUNDED
+    for row, length in enumerate(LENGTHS):
+        same(together[row, :length], alone[row, :length], allowed)
+    # Where several tokens are rounded otherwise, a score next to zero may fall on its other side.
+    np.testing.assert_allclose(counts, counts_alone, rtol=0, atol=0 if is_cpu else 2 if dtype == "float32" else 8)
+    assert not counts[:, 2].any()
+    for side, wanted in zip(jax.tree.leaves(caches), jax.tree.leaves(caches_alone)):
+        same(side, wanted, allowed)
+        assert not side[2].any(), "something was written for an idle sequence"
 
 
-@pytest.mark.parametrize("executor", executors())
-def test_an_idle_sequence_keeps_its_cache(executor):
-    params = fitted(WINDOWED, "float32")
+def same(found, wanted, allowed: float) -> None:
+    """Equal in every bit, or to what is allowed of the largest value (of 1 in float32)."""
+    found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
+    if not allowed:
+        np.testing.assert_array_equal(found, wanted)
+    else:
+        largest = max(1, np.abs(wanted).max(initial=0)) if allowed == ROUNDED else 1
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=allowed * largest)
+
+
+@pytest.mark.parametrize(("executor", "dtype"), executors(dict.fromkeys(EVERY, ("float32",))))
+def test_an_idle_sequence_keeps_its_cache(executor, dtype):
+    params = fitted(WINDOWED, dtype)
     model = Model(WINDOWED, executor, WINDOWED.ffn_spec())
     weights, predictors = executor.place(params.weights, params.predictors)
     caches = make_caches(WINDOWED, 2, 600, "bfloat16")

@@ -12,7 +12,7 @@ SOURCES = [
     *sorted((ROOT / "cpu_kernels" / "native").glob("kernels_*.cc")),
     ROOT / "tests" / "native" / "test_ops.cc",
 ]
-FLAGS = ["-std=c++17", "-O1", "-g", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
 
 
 def compiler() -> str:

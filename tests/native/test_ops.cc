@@ -299,10 +299,18 @@ struct FfnCase {
     return {x.begin() + m * gate.view.cols, x.begin() + (m + 1) * gate.view.cols};
   }
 
+  // One token's products, which no activation, bias or threshold changes.
+  struct Products {
+    std::vector<double> gate, up, scores;
+  };
+  Products ProductsOf(int64_t m) const {
+    const std::vector<double> token = Token(m);
+    return {Product(gate, token), Product(up, token), Product(b, Product(a, token))};
+  }
+
   // y of one token over the predicted neurons (all without `sparse`), and the two counts.
-  std::vector<double> Oracle(int64_t m, const FfnSpec& spec, bool sparse, int32_t* counts) const {
-    const std::vector<double> token = Token(m), g = Product(gate, token), u = Product(up, token);
-    const std::vector<double> scores = Product(b, Product(a, token));
+  std::vector<double> Oracle(const Products& of, const FfnSpec& spec, bool sparse, int32_t* counts) const {
+    const auto& [g, u, scores] = of;
     std::vector<double> y(down_t.view.cols);
     counts[0] = counts[1] = 0;
     for (int64_t j = 0; j < gate.view.rows; ++j) {
@@ -346,19 +354,21 @@ void TestFfn(const Case& c) {
         std::vector<float> y(num_x * shape.width);
         std::vector<int32_t> counts(num_x * 2);
         int32_t wanted_counts[2];
+        std::vector<FfnCase::Products> products;
+        for (int64_t m = 0; m < num_x; ++m) products.push_back(f.ProductsOf(m));
         for (const auto& kind : kinds) {
           FfnSpec spec{kind.activation, kind.up, false};
           f.threshold.assign(shape.neurons, kind.threshold);
           DenseFfn(c.context(), f.x.data(), num_x, f.ffn(spec), spec, y.data());
           for (int64_t m = 0; m < num_x; ++m) {
             ExpectClose({y.begin() + m * shape.width, y.begin() + (m + 1) * shape.width},
-                        f.Oracle(m, spec, false, wanted_counts), 1e-5, what + ", dense");
+                        f.Oracle(products[m], spec, false, wanted_counts), 1e-5, what + ", dense");
           }
           if (kind.activation == Activation::kSilu) continue;
           for (float bias : {-INFINITY, 0.0f, INFINITY}) {
             f.bias.assign(shape.neurons, bias);
             for (int64_t m = 0; m < num_x; ++m) {  // rounding must not decide
-              const std::vector<double> scores = Product(f.b, Product(f.a, f.Token(m)));
+              const std::vector<double>& scores = products[m].scores;
               double largest = 0;
               for (double score : scores) largest = std::fmax(largest, std::fabs(score));
               for (int64_t j = 0; j < shape.neurons; ++j) {
@@ -370,7 +380,7 @@ void TestFfn(const Case& c) {
               SparseFfn(c.context(), f.x.data(), num_x, f.ffn(spec), f.predictor(), spec, kAll, y.data(), counts.data());
               for (int64_t m = 0; m < num_x; ++m) {
                 ExpectClose({y.begin() + m * shape.width, y.begin() + (m + 1) * shape.width},
-                            f.Oracle(m, spec, true, wanted_counts), 1e-5, what + ", sparse");
+                            f.Oracle(products[m], spec, true, wanted_counts), 1e-5, what + ", sparse");
                 Expect(counts[2 * m] == wanted_counts[0] && counts[2 * m + 1] == wanted_counts[1], what + ", counts");
               }
             }
