@@ -9,8 +9,7 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # a torch_npu witho
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with the processes that tests start
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers have the cores; threads of BLAS and PyTorch would spin on them
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# Where commands keep compiled programs, tests do, too: what one worker or command has compiled no other does again.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+else:  # where commands keep compiled programs, of all workers
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jsparse-tests-")
 
 # ruff: noqa: E402  the import hook comes before what it checks
@@ -36,11 +35,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-jax.config.update("jax_compilation_cache_dir", os.path.join(os.environ["XDG_CACHE_HOME"], "jsparse"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-from executor_suite import ONE_OF_EACH
+from executor_suite import is_one_of_each
 
 import jsparse
 from jsparse.executors.xla import Xla
@@ -52,12 +47,11 @@ from jsparse.model.parameters import Parameter, make_weights
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Leave to `make test-all` what `ExecutorSuite.compiles_slowly` says."""
+    """Mark what a suite that compiles slowly leaves to `make test-all`."""
     for item in items:
-        if item.name.startswith("test_sparse_ffn_is_the_ffn_of_the_predicted_neurons") and item.cls.compiles_slowly:
-            params = item.callspec.params
-            if ONE_OF_EACH[params["name"]] != (params["bits"], params["batch"]):
-                item.add_marker(pytest.mark.nightly)
+        is_slow = getattr(item.cls, "compiles_slowly", False) and hasattr(item, "callspec")
+        if is_slow and not is_one_of_each(item.originalname, item.callspec.params):
+            item.add_marker(pytest.mark.nightly)
 
 
 @pytest.hookimpl(trylast=True)

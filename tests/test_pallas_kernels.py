@@ -123,7 +123,8 @@ def fitted():
 PROMPT = "def read(self, size):\n"
 
 
-@pytest.mark.parametrize("sparse", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.nightly
+@pytest.mark.parametrize("sparse", [False, True])
 def test_generation_with_interpreted_kernels(fitted, sparse, monkeypatch):
     """The whole decode loop on the CUDA executor gives the tokens that XLA's gives."""
     if pallas_kernels.unavailable() is None:
