@@ -15,7 +15,7 @@ from jsparse.arrays import DTYPES
 from jsparse.checkpoints.native import check_new
 from jsparse.cli.command import Parser, run_command
 from jsparse.directories import read_path
-from jsparse.model.ffn import KINDS
+from jsparse.model.ffn import HF_KINDS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", metavar="SRC", help="Hugging Face or jsparse directory, or default")
     parser.add_argument("destination", metavar="DST", type=Path, help="directory to make")
-    parser.add_argument("--ffn", choices=tuple(KINDS), help="FFN kind, where config.json does not tell the truth")
+    parser.add_argument("--ffn", choices=HF_KINDS, help="FFN kind, where config.json does not tell the truth")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the matrices (default: as stored)")
     parser.add_argument("--force", action="store_true", help="replace a jsparse directory at DST")
     parser.add_argument("--import-predictors", metavar="DIR", help="take the predictors from PowerInfer files")

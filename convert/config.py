@@ -17,7 +17,7 @@ from convert.fields import Fields
 from convert.files import read_json
 from jsparse.errors import listing
 from jsparse.model.config import PRESETS, ModelConfig, RopeScaling
-from jsparse.model.ffn import KINDS
+from jsparse.model.ffn import HF_KINDS, KINDS
 
 _OWNERS = "|".join({re.escape(name.lower().partition("/")[0]) for name in PRESETS})
 _REPOSITORY = re.compile(rf"^(.*/|models--[^/]*?--|({_OWNERS})_{{1,2}})")
@@ -74,7 +74,7 @@ def read_config(directory: Path, ffn: str | None = None) -> Reading:
         "head_dim": fields.number("head_dim", int, optional=True) or 0,
         "context_length": _context_length(fields, scaling),
         "norm_eps": fields.number("rms_norm_eps", float),
-        "tie_embeddings": bool(fields.raw.get("tie_word_embeddings", False)),
+        "tie_embeddings": fields.flag("tie_word_embeddings"),
         "bos_token_id": next(iter(fields.token_ids("bos_token_id", tokens)), None),
         "eos_token_ids": fields.token_ids("eos_token_id", tokens),
     }
@@ -134,8 +134,8 @@ def _choose_ffn(
     fields: Fields, family: Family, repository: str | None, override: str | None
 ) -> tuple[str, float, str, bool]:
     """The FFN kind, its threshold, the sentence that says why, and whether another kind may be meant."""
-    if override is not None and override not in tuple(KINDS):
-        raise ConversionError(f"ffn is {override!r} and must be one of {', '.join(KINDS)}")
+    if override is not None and override not in HF_KINDS:
+        raise ConversionError(f"ffn is {override!r} and must be one of {', '.join(HF_KINDS)}")
     declared, model_type = str(fields.raw.get("hidden_act") or "silu"), family.model_type
     preset = PRESETS.get(repository or "")
     own = fields.raw.get("ffn_kind")
@@ -184,7 +184,12 @@ def _refuse_unimplemented(fields: Fields) -> None:
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    rope = fields.mapping("rope_parameters") | fields.mapping("rope_scaling")
+    newer, older = (_named_type(fields.mapping(key)) for key in ("rope_parameters", "rope_scaling"))
+    for key in sorted(newer.keys() & older.keys()):
+        if newer[key] != older[key]:
+            said = f"rope_parameters has {key} {newer[key]!r}, rope_scaling {older[key]!r}"
+            fields.problems.append(f"{said}: delete the one that is wrong")
+    rope = newer | older
     if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
         fields.problems.append(f"rope_parameters differ by layer type ({listing(nested)}), which is not implemented")
     outer = {key: fields.raw.get(key) for key in ("rope_theta", "partial_rotary_factor")}
@@ -192,7 +197,7 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     theta = fields.number("rope_theta", float, {"rope_theta": 1e4} | rope)
     if rope.get("partial_rotary_factor", 1) != 1:
         fields.problems.append(f"partial_rotary_factor is {rope['partial_rotary_factor']}: only 1 is implemented")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope.get("rope_type") or "default"
     if kind == "default":
         return theta, None
     if kind == "linear":
@@ -206,11 +211,21 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
             fields.number("high_freq_factor", float, rope),
             fields.number("original_max_position_embeddings", int, rope),
         )
-        if not fields.missing and scaling.high_freq_factor <= scaling.low_freq_factor:
-            fields.problems.append("rope scaling: high_freq_factor must be greater than low_freq_factor")
+        if not fields.missing and not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+            fields.problems.append(
+                "rope scaling: low_freq_factor must lie between 0 and high_freq_factor"
+            )
+        if not fields.missing and scaling.original_context_length < 1:
+            fields.problems.append("rope scaling: original_max_position_embeddings must be at least 1")
         return theta, scaling
     fields.problems.append(f"rope scaling {kind!r} is not implemented; linear and llama3 are")
     return theta, None
+
+
+def _named_type(rope: dict) -> dict:
+    """The same with its type under one name; older files say `type`, and some say both."""
+    kind = rope.get("rope_type") or rope.get("type")
+    return {key: value for key, value in (rope | {"rope_type": kind}).items() if key != "type" and value is not None}
 
 
 def _context_length(fields: Fields, scaling: RopeScaling | None) -> int:

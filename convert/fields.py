@@ -26,6 +26,14 @@ class Fields:
         self.problems.append(f"{key} is {value!r}, not {'an integer' if kind is int else 'a number'}")
         return kind(2)
 
+    def flag(self, key: str) -> bool:
+        """Whether a key is true; absent and null are false, and text such as "false" is a problem."""
+        value = self.raw.get(key)
+        if value is None or value in (0, 1):
+            return bool(value)
+        self.problems.append(f"{key} is {value!r}, neither true nor false")
+        return False
+
     def mapping(self, key: str) -> dict:
         """The object under a key; empty if absent or null."""
         value = self.raw.get(key)

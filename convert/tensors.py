@@ -186,8 +186,8 @@ def _torch_entry(torch: ModuleType, path: Path, tensor) -> StoredTensor:
     return StoredTensor(path, tuple(tensor.shape), _numpy_dtype(tensor.dtype), read)
 
 
-def import_torch(path: Path) -> ModuleType:
-    """PyTorch, which is needed only for PyTorch's own files.
+def import_torch(path: Path, use: str = "is a PyTorch file, which needs") -> ModuleType:
+    """PyTorch, which is needed only for PyTorch's own files, of which `use` says what is done.
 
     Raises:
       ConversionError: it is not installed.
@@ -198,7 +198,7 @@ def import_torch(path: Path) -> ModuleType:
     try:
         import torch
     except ImportError:
-        raise ConversionError(f"{path} is a PyTorch file, which needs PyTorch: pip install torch") from None
+        raise ConversionError(f"{path} {use} PyTorch: pip install torch") from None
     finally:
         os.environ.pop(autoload) if before is None else os.environ.update({autoload: before})
     return torch

@@ -153,6 +153,20 @@ def test_the_ends_of_the_ranges_are_accepted(options, small):
     assert len(jsparse.generate(small, [1, 2], max_new_tokens=2, temperature=1.0, **options)) == 2
 
 
+@pytest.mark.parametrize("top_p", [1e-30, 1e-40, 1e-300])
+def test_the_smallest_top_p_keeps_the_most_likely_token(top_p, small):
+    greedy = jsparse.generate(small, [1, 2], max_new_tokens=6)
+    assert greedy.any()
+    found = jsparse.generate(small, [1, 2], max_new_tokens=6, temperature=1.0, top_p=top_p)
+    np.testing.assert_array_equal(found, greedy)
+
+
+@pytest.mark.parametrize("wanted", [2**31, 10**20])
+def test_more_tokens_than_any_context_has(wanted, small):
+    found = jsparse.generate(small, [1, 2], max_new_tokens=wanted)
+    np.testing.assert_array_equal(found, jsparse.generate(small, [1, 2], max_new_tokens=small.config.context_length))
+
+
 def test_stop_strings_and_streams_that_do_not_fit_the_prompts(small):
     with pytest.raises(jsparse.JsparseError, match="stop strings need text prompts"):
         jsparse.generate(small, [1, 2], stop="a")
@@ -296,7 +310,7 @@ COMMANDS = {
     "calibrate: output exists": (["calibrate", "SAVED", "--output", "SAVED"], "SAVED exists"),
     "calibrate: output is something else": (["calibrate", "SAVED", "--output", "EMPTY/..", "--force"], "left alone"),
     "calibrate: missing path": (["calibrate", "NOWHERE", "--output", "OUT"], "NOWHERE: no such file"),
-    "calibrate: no prompts": (["calibrate", "SAVED", "--output", "OUT"], "--prompts is missing"),
+    "calibrate: no prompts": (["calibrate", "SAVED", "--output", "OUT"], "SAVED comes without calibration text"),
     "calibrate: swiglu": (["calibrate", "SWIGLU", "--prompts", "TEXT", "--output", "OUT"], "swiglu FFN has no zero"),
     "calibrate: damaged": (["calibrate", "DAMAGED", "--prompts", "TEXT", "--output", "OUT"], "layer 1 gives NaN"),
 }

@@ -291,6 +291,10 @@ DAMAGE = {
     "checksum gone": (edited(lambda m: m.pop("checksum")), "jsparse.json: cannot be read"),
     "another format": (edited(lambda m: m.update(format=3)), "jsparse.json: has format 3"),
     "manifest is no JSON": (lambda d: (d / "jsparse.json").write_text("{"), "jsparse.json: cannot be read"),
+    "manifest is nested too deeply": (
+        lambda d: (d / "jsparse.json").write_text("[" * 100_000),
+        "jsparse.json: cannot be read",
+    ),
     "manifest is a list": (lambda d: (d / "jsparse.json").write_text("[]"), "jsparse.json: cannot be read"),
     "manifest is empty": (lambda d: (d / "jsparse.json").write_bytes(b""), "jsparse.json: cannot be read"),
     "manifest is binary": (lambda d: (d / "jsparse.json").write_bytes(b"\xff\xfe"), "jsparse.json: cannot be read"),

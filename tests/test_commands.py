@@ -1,5 +1,6 @@
 """The commands as processes: what they print, and the programs that they keep compiled."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -7,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import TINY, random_params
+
+import jsparse
+from jsparse.cli.info import describe_model
+from jsparse.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,3 +57,25 @@ def test_the_gpu_tests_without_a_gpu_are_no_success():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
     assert re.search(r"^no test ran: .*CUDA device", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("bits", "said"), [(16, "16 bits"), (8, "8 bits"), (4, "4 bits")])
+def test_info_names_the_bits_of_the_predictors(bits, said, tiny, tiny_tokens):
+    fitted = jsparse.fit_predictors(tiny, tiny_tokens, rank=16, bits=bits)
+    assert f"rank 16, {said}, " in describe_model(fitted)["predictors"]
+
+
+@pytest.mark.parametrize(
+    ("slides", "said"), [(None, ", sliding window 40"), ((True, False, True), ", sliding window 40 in 2 of 3 layers")]
+)
+def test_info_says_which_layers_have_a_window(slides, said):
+    config = dataclasses.replace(TINY, sliding_window=40, slides=slides)
+    assert describe_model(random_params(config))["attention"] == f"4 heads, 2 key/value heads of 16{said}"
+    assert "window" not in describe_model(random_params(TINY))["attention"]
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"jsparse {jsparse.__version__}\n"

@@ -119,6 +119,36 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         with_config(hidden_size="wide", rms_norm_eps=[1], eos_token_id="x", rope_scaling=3),
         ["hidden_size is 'wide', not an integer", "rms_norm_eps is [1]", "eos_token_id is 'x'", "rope_scaling is 3"],
     ),
+    "two scalings": (
+        with_config(
+            rope_scaling={"type": "linear", "factor": 4.0},
+            rope_parameters={"rope_type": "default", "factor": 2.0, "rope_theta": 1e4},
+        ),
+        [
+            "rope_parameters has factor 2.0, rope_scaling 4.0: delete the one that is wrong",
+            "rope_parameters has rope_type 'default', rope_scaling 'linear'",
+        ],
+    ),
+    "llama3 scaling of nothing": (
+        with_config(
+            rope_scaling={
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": -4.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 0,
+            }
+        ),
+        ["low_freq_factor must lie between 0", "original_max_position_embeddings must be at least 1"],
+    ),
+    "flags in words": (
+        with_config(attention_bias="false", tie_word_embeddings="no"),
+        ["attention_bias is 'false', neither true nor false", "tie_word_embeddings is 'no', neither true nor false"],
+    ),
+    "a window in words": (
+        with_config(model_type="qwen2", use_sliding_window="false"),
+        ["use_sliding_window is 'false', neither true nor false"],
+    ),
     "impossible sizes": (with_config(num_key_value_heads=3), ["num_heads 4 is not a multiple of num_kv_heads 3"]),
     "indivisible heads": (with_config(num_attention_heads=5), ["hidden_size 32 is not a multiple of"]),
     "attention bias": (with_config(model_type="mistral", attention_bias=True), ["attention_bias is set"]),

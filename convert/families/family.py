@@ -53,7 +53,7 @@ class Family:
 
 def refuse_attention_bias(fields: Fields) -> None:
     """Note a problem where config.json asks for biases, for families whose classes have no such key."""
-    if fields.raw.get("attention_bias"):
+    if fields.flag("attention_bias"):
         fields.problems.append("attention_bias is set, which this family does not have")
 
 

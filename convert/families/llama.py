@@ -10,7 +10,7 @@ DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "bos_token_id
 
 
 def read(fields: Fields, known: dict[str, Any]) -> dict[str, Any]:
-    bias = {"attention_bias": "all"} if fields.raw.get("attention_bias") else {}
+    bias = {"attention_bias": "all"} if fields.flag("attention_bias") else {}
     return bias | layer_windows(fields, "llama", None, known["num_layers"])
 
 

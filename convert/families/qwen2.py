@@ -20,7 +20,7 @@ _DEFAULTS = {
 
 def _read(fields: Fields, known: dict[str, Any]) -> dict[str, Any]:
     window = fields.number("sliding_window", int, optional=True)
-    if not fields.raw.get("use_sliding_window"):
+    if not fields.flag("use_sliding_window"):
         window = None
     first = fields.number("max_window_layers", int) if fields.raw.get("layer_types") is None else 0
     found = layer_windows(fields, "qwen2", window, known["num_layers"], first) if window is not None else {}

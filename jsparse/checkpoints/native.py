@@ -77,7 +77,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         version, checksum = manifest["format"], manifest.pop("checksum")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise JsparseError(f"{path}: cannot be read as the description of a model: {error!r}") from error
     if version not in _READ:
         known = " and ".join(map(str, _READ))

@@ -18,7 +18,7 @@ from jsparse.checkpoints.open import load
 from jsparse.cli.command import Parser, run_command
 from jsparse.directories import read_path
 from jsparse.errors import JsparseError
-from jsparse.model.ffn import SPARSE_KINDS
+from jsparse.model.ffn import HF_KINDS, KINDS
 from jsparse.model.weights import Params
 from jsparse.predictors.options import CalibrationOptions, LayerReport
 from jsparse.predictors.texts import default_texts, read_prompts
@@ -41,24 +41,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the output directory")
     parser.add_argument("--rank", type=_ranks, help="one rank, or one per layer with commas (default: hidden size / 4)")
     parser.add_argument("--bits", type=int, default=defaults.bits, help="16, 8 or 4 (default %(default)s)")
-    parser.add_argument("--sparsity", type=float, default=defaults.sparsity, help="share of the zeros to skip, 0 to 1")
+    parser.add_argument(
+        "--sparsity",
+        type=float,
+        default=defaults.sparsity,
+        help="share of the zeros to skip, 0 to 1 (default %(default)s)",
+    )
     parser.add_argument("--tokens", type=int, default=defaults.tokens, help="calibration tokens (default %(default)s)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="chooses the tokens (default %(default)s)")
     parser.add_argument("--no-whiten", dest="whiten", action="store_false", help="plain SVD of the gate (ablation)")
     parser.add_argument("--no-center", dest="center", action="store_false", help="keep the data's mean (ablation)")
     parser.add_argument("--no-refit", dest="refit", action="store_false", help="keep the SVD's b as it is (ablation)")
-    parser.add_argument("--bias", choices=("neuron", "layer", "none"), default=defaults.bias, help="thresholds")
+    parser.add_argument(
+        "--bias", choices=("neuron", "layer", "none"), default=defaults.bias, help="thresholds (default %(default)s)"
+    )
     parser.add_argument(
         "--importance",
         choices=("gate", "hidden", "output"),
         default=defaults.importance,
-        help="cost of a skip (ablation)",
+        help="cost of a skip (ablation; default %(default)s)",
     )
     parser.add_argument(
-        "--silenced", choices=("spare", "stop"), default=defaults.silenced, help="rule for rare neurons"
+        "--silenced",
+        choices=("spare", "stop"),
+        default=defaults.silenced,
+        help="rule for rare neurons (default %(default)s)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="weights of a HF checkpoint")
-    parser.add_argument("--ffn", choices=SPARSE_KINDS, help="FFN kind of a HF checkpoint")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weight matrices (default: as stored)")
+    parser.add_argument(
+        "--ffn", choices=tuple(kind for kind in HF_KINDS if KINDS[kind].has_zeros), help="FFN kind of a HF checkpoint"
+    )
     parser.add_argument("--plot", type=Path, help="write a PNG of sparsity and recall per layer")
 
 

@@ -16,7 +16,7 @@ import jax
 
 from jsparse.arrays import DTYPES
 from jsparse.errors import JsparseError
-from jsparse.model.ffn import KINDS
+from jsparse.model.ffn import HF_KINDS
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +30,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
     """The arguments that name a model and say how to read it."""
     command.add_argument("model", help="jsparse directory, Hugging Face checkpoint, or 'default'")
     command.add_argument("--dtype", choices=DTYPES, help="of the weight matrices (default: as stored)")
-    command.add_argument("--ffn", choices=tuple(KINDS), help="FFN kind of a HF checkpoint")
+    command.add_argument("--ffn", choices=HF_KINDS, help="FFN kind of a HF checkpoint")
 
 
 def check_output() -> None:

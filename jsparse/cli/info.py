@@ -4,8 +4,10 @@ import argparse
 
 import jax
 
+from jsparse.arrays import storage_of
 from jsparse.checkpoints.open import load
 from jsparse.cli.command import check_output
+from jsparse.model.config import ModelConfig
 from jsparse.model.parameters import by_path
 from jsparse.model.weights import Params
 
@@ -29,8 +31,7 @@ def describe_model(params: Params) -> dict[str, str]:
         "hidden size": f"{c.hidden_size}",
         "FFN": f"{c.ffn_kind}, {c.intermediate_size} neurons"
         + (f", threshold {c.ffn_threshold}" if c.ffn_kind == "fatrelu" else ""),
-        "attention": f"{c.num_heads} heads, {c.num_kv_heads} key/value heads of {c.head_dim}"
-        + (f", sliding window {c.sliding_window}" if c.sliding_window else ""),
+        "attention": f"{c.num_heads} heads, {c.num_kv_heads} key/value heads of {c.head_dim}" + _window(c),
         "vocabulary": f"{c.vocab_size}",
         "context": f"{c.context_length} tokens",
         "weights": f"{_megabytes(stored)} ({', '.join(dtypes)})",
@@ -41,9 +42,18 @@ def describe_model(params: Params) -> dict[str, str]:
     }
     if params.predictors is not None:
         ranks = sorted({predictor.rank for predictor in params.predictors})
-        bits = getattr(params.predictors[0].a, "bits", 16)
+        bits = storage_of(params.predictors[0].a).bits
         lines["predictors"] = f"rank {', '.join(map(str, ranks))}, {bits} bits, {_megabytes(params.predictors)}"
     return lines
+
+
+def _window(config: ModelConfig) -> str:
+    """Of how many positions a token sees, and in which layers, where not all."""
+    windowed = sum(config.window(layer) is not None for layer in range(config.num_layers))
+    if not windowed:
+        return ""
+    layers = "" if windowed == config.num_layers else f" in {windowed} of {config.num_layers} layers"
+    return f", sliding window {config.sliding_window}{layers}"
 
 
 def _megabytes(tree) -> str:

@@ -195,7 +195,7 @@ class Decoding:
         self._weights, predictors = executor.place(params.weights, params.predictors if sparse else None)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         self._wanted = max_new_tokens
-        self._limit = np.minimum(max_new_tokens, config.context_length - lengths).astype(np.int32)
+        self._limit = np.minimum(min(max_new_tokens, config.context_length), config.context_length - lengths)
         counts = np.zeros((config.num_layers, 2), np.int64)
         self.statistics = Statistics(self.model.spec, config.intermediate_size, sparse, counts)
         begun = time.perf_counter()

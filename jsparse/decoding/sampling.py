@@ -10,7 +10,7 @@ from jsparse.model.slots import SlotState
 from jsparse.typing import Array, Float, Int
 
 _COLDEST = 1e-30
-"""Temperatures below are greedy: float32 has no room for the quotient."""
+"""Temperatures below are greedy, and a smaller top_p keeps one token as this one does: float32 has no room for less."""
 
 
 class Sampling(NamedTuple):
@@ -34,7 +34,8 @@ class Sampling(NamedTuple):
             problems.append(f"top_p is {top_p} and must be greater than 0 and at most 1")
         if problems:
             raise JsparseError("; ".join(problems))
-        return cls(0.0 if temperature < _COLDEST else temperature, min(top_k or vocab_size, vocab_size), top_p)
+        temperature = 0.0 if temperature < _COLDEST else temperature
+        return cls(temperature, min(top_k or vocab_size, vocab_size), max(top_p, _COLDEST))
 
 
 def choose(

@@ -69,5 +69,8 @@ def default_texts(model: str) -> list[str]:
     Raises: JsparseError: another model was asked for.
     """
     if model != "default":
-        raise JsparseError("--prompts is missing: a .txt or .jsonl file of text like what the model will be used on")
+        raise JsparseError(
+            f"{model} comes without calibration text, which only the model named 'default' has: give text like what "
+            "the model will be used on (--prompts FILE)"
+        )
     return [(DEFAULT_MODEL / "calibration.txt").read_text(encoding="utf-8")]
