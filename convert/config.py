@@ -212,9 +212,7 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
             fields.number("original_max_position_embeddings", int, rope),
         )
         if not fields.missing and not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
-            fields.problems.append(
-                "rope scaling: low_freq_factor must lie between 0 and high_freq_factor"
-            )
+            fields.problems.append("rope scaling: low_freq_factor must lie between 0 and high_freq_factor")
         if not fields.missing and scaling.original_context_length < 1:
             fields.problems.append("rope scaling: original_max_position_embeddings must be at least 1")
         return theta, scaling
