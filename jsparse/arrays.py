@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -39,7 +40,7 @@ class Storage:
           JsparseError: there is no such storage.
         """
         dtype, _, group = text.partition(":") if isinstance(text, str) else ("", "", "")
-        if dtype in _LOW_BITS and (text == dtype or (group.isdecimal() and int(group) > 0)):
+        if dtype in _LOW_BITS and (text == dtype or re.fullmatch("[1-9][0-9]{0,4}", group)):
             return cls(dtype, int(group) if group else None)
         if dtype in DTYPES and text == dtype:
             return cls(dtype)

@@ -106,7 +106,24 @@ def test_storages_are_named(text):
     assert storage.is_low_bit == text.startswith("int")
 
 
-@pytest.mark.parametrize("text", ["int3", "float32:4", "int4:0", "int4:", "int4:-1", "int4:x", "int4:8:8", "", None, 8])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int3",
+        "float32:4",
+        "int4:0",
+        "int4:",
+        "int4:-1",
+        "int4:x",
+        "int4:8:8",
+        "int4:08",
+        "int4:٣",
+        "int4:999999",
+        "",
+        None,
+        8,
+    ],
+)
 def test_what_is_no_storage_is_refused(text):
     with pytest.raises(jsparse.JsparseError, match=re.escape(f"a matrix cannot be stored in {text!r}; known are")):
         Storage.parse(text)

@@ -135,6 +135,29 @@ def test_weights_of_another_configuration_are_refused(change, message, use, tiny
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": "64"}, "hidden_size is '64' and must be a whole number"),
+        ({"num_layers": None}, "num_layers is None and must be a whole number"),
+        ({"head_dim": 6.0}, "head_dim is 6.0 and must be a whole number"),
+        ({"sliding_window": 2.5}, "sliding_window is 2.5 and must be a whole number"),
+        ({"eos_token_ids": 2}, "eos_token_ids is 2 and must be a list of token ids"),
+        ({"eos_token_ids": "2"}, "eos_token_ids is '2' and must be a list of token ids"),
+        ({"slides": True}, "slides is True and must be a list"),
+        ({"rope_scaling": {"kind": "linear"}}, "rope_scaling is {'kind': 'linear'} and must be a RopeScaling"),
+        (
+            {"rope_scaling": jsparse.model.config.RopeScaling("bogus", 2.0)},
+            "rope_scaling is of kind 'bogus' and must be one of linear",
+        ),
+    ],
+)
+def test_values_of_another_type_are_refused(changes, said):
+    with pytest.raises(jsparse.JsparseError) as caught:
+        dataclasses.replace(TINY, **changes)
+    assert said in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", [["reglu"], {}, None, 3])
 def test_an_ffn_kind_of_another_type_is_refused(kind):
     with pytest.raises(jsparse.JsparseError, match=r"ffn_kind is .* and must be one of reglu, drelu"):

@@ -1,17 +1,30 @@
 """The architecture of a model: one frozen dataclass and a preset for every supported checkpoint."""
 
 import dataclasses
-from typing import Literal
+from numbers import Integral
+from typing import Literal, get_args
 
 from jsparse.errors import JsparseError
 from jsparse.model.ffn import KINDS, FFNSpec, Pipeline
+
+_ScalingKind = Literal["linear", "llama3", "yarn"]
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "vocab_size",
+    "head_dim",
+    "context_length",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Rotary position scaling: `linear` divides positions, `llama3` and `yarn` stretch the low frequencies only."""
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: _ScalingKind
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -83,6 +96,7 @@ class ModelConfig:
     experts: Experts | None = None
 
     def __post_init__(self):
+        self._check_types()
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         for field in ("slides", "rotates"):
             if (flags := getattr(self, field)) is not None:
@@ -90,18 +104,7 @@ class ModelConfig:
         if not self.head_dim and self.num_heads >= 1:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         problems = [
-            f"{field} is {getattr(self, field)} and must be at least 1"
-            for field in (
-                "hidden_size",
-                "intermediate_size",
-                "num_layers",
-                "num_heads",
-                "num_kv_heads",
-                "vocab_size",
-                "head_dim",
-                "context_length",
-            )
-            if getattr(self, field) < 1
+            f"{field} is {getattr(self, field)} and must be at least 1" for field in _SIZES if getattr(self, field) < 1
         ]
         if self.context_length >= 2**31:
             problems.append(f"context_length is {self.context_length}, more than positions of 32 bits can count")
@@ -133,6 +136,27 @@ class ModelConfig:
             problems.append(f"ffn_kind is {self.ffn_kind!r} and must be one of {', '.join(KINDS)}")
         if self.ffn_threshold and self.ffn_kind != "fatrelu":
             problems.append(f"ffn_threshold is {self.ffn_threshold}, but {self.ffn_kind} has none")
+        if problems:
+            raise JsparseError("model config: " + "; ".join(problems))
+
+    def _check_types(self) -> None:
+        """Raises: JsparseError: a value is of a type that cannot be compared with what it must be."""
+        windows = () if self.sliding_window is None else ("sliding_window",)
+        problems = [
+            f"{field} is {getattr(self, field)!r} and must be a whole number"
+            for field in (*_SIZES, "rotary_dim", *windows)
+            if not isinstance(getattr(self, field), Integral)
+        ]
+        if not isinstance(self.eos_token_ids, list | tuple):
+            problems.append(f"eos_token_ids is {self.eos_token_ids!r} and must be a list of token ids")
+        for field in ("slides", "rotates"):
+            if not isinstance(flags := getattr(self, field), list | tuple | None):
+                problems.append(f"{field} is {flags!r} and must be a list of true and false, one per layer, or None")
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            problems.append(f"rope_scaling is {self.rope_scaling!r} and must be a RopeScaling or None")
+        elif self.rope_scaling is not None and self.rope_scaling.kind not in get_args(_ScalingKind):
+            known = ", ".join(get_args(_ScalingKind))
+            problems.append(f"rope_scaling is of kind {self.rope_scaling.kind!r} and must be one of {known}")
         if problems:
             raise JsparseError("model config: " + "; ".join(problems))
 
