@@ -16,9 +16,9 @@ SHAPES := Llama-2-7B Mistral-7B Qwen2-7B MiniCPM-1B
 demo: .venv/core
 	$(BIN)/python examples/demo.py
 
-# Two workers, each with whole classes and modules, in order: the last ones are short.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
-# Two thirds of the time would go to XLA, which compiles some 4,000 small programs; it takes a quarter with these.
+# Two workers, each with whole classes and modules.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+# XLA compiles some 4,000 small programs: 600 s of two workers as users compile them, 190 s with these (docs/log.md).
 QUICK := XLA_FLAGS=--xla_cpu_use_fusion_emitters=false JAX_DISABLE_MOST_OPTIMIZATIONS=1
 
 # What takes long is left to `make test-all`, which also compiles every program as users do.

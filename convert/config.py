@@ -221,7 +221,7 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
 
 
 def _named_type(rope: dict) -> dict:
-    """The same with its type under one name; older files say `type`, and some say both."""
+    """The object without nulls, its type under `rope_type` alone: older files say `type`, some say both."""
     kind = rope.get("rope_type") or rope.get("type")
     return {key: value for key, value in (rope | {"rope_type": kind}).items() if key != "type" and value is not None}
 

@@ -42,7 +42,7 @@ def export_predictors(params: Params, directory: str | Path) -> None:
     check_predictors(params)
     if params.predictors is None:
         raise ConversionError("the model has no predictors to export; fit them first (jsparse.fit_predictors)")
-    torch = import_torch(directory, "cannot be written without")
+    torch = import_torch(f"{directory} cannot be written without")
     with new_directory(directory) as temporary:
         for layer, predictor in enumerate(params.predictors):
             arrays = (dequantize(predictor.a), dequantize(predictor.b), predictor.bias)

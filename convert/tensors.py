@@ -136,7 +136,7 @@ def read_torch(path: Path) -> dict[str, StoredTensor]:
       ConversionError: PyTorch is not installed, or the file is missing, corrupt, or holds more than tensors.
     """
     check_file(path)
-    torch = import_torch(path)
+    torch = import_torch(f"{path} is a PyTorch file, which needs")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
@@ -186,8 +186,8 @@ def _torch_entry(torch: ModuleType, path: Path, tensor) -> StoredTensor:
     return StoredTensor(path, tuple(tensor.shape), _numpy_dtype(tensor.dtype), read)
 
 
-def import_torch(path: Path, use: str = "is a PyTorch file, which needs") -> ModuleType:
-    """PyTorch, which is needed only for PyTorch's own files, of which `use` says what is done.
+def import_torch(reason: str) -> ModuleType:
+    """PyTorch, which is needed only for PyTorch's own files; `reason` begins the error's sentence, which it ends.
 
     Raises:
       ConversionError: it is not installed.
@@ -198,7 +198,7 @@ def import_torch(path: Path, use: str = "is a PyTorch file, which needs") -> Mod
     try:
         import torch
     except ImportError:
-        raise ConversionError(f"{path} {use} PyTorch: pip install torch") from None
+        raise ConversionError(f"{reason} PyTorch: pip install torch") from None
     finally:
         os.environ.pop(autoload) if before is None else os.environ.update({autoload: before})
     return torch

@@ -47,7 +47,7 @@ from jsparse.model.parameters import Parameter, make_weights
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark what a suite that compiles slowly leaves to `make test-all`."""
+    """Mark as nightly the cases that a suite which compiles slowly leaves to `make test-all`."""
     for item in items:
         is_slow = getattr(item.cls, "compiles_slowly", False) and hasattr(item, "callspec")
         if is_slow and not is_one_of_each(item.originalname, item.callspec.params):

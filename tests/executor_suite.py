@@ -112,13 +112,13 @@ def problem(
 
 
 def farthest(values: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """Of each neuron's candidates (n, F) the one that is farthest from its values (B, F): rounding must not decide."""
+    """Choose for each neuron the candidate (n, F) that is farthest from its values (B, F): rounding must not decide."""
     best = np.abs(values[:, None] - candidates).min(axis=0).argmax(axis=0)
     return candidates[best, np.arange(candidates.shape[1])]
 
 
 def normal(seed: int):
-    """What draws arrays of that shape."""
+    """Return a function that draws normal float32 arrays of a shape."""
     rng = np.random.default_rng(seed)
     return lambda *shape: rng.standard_normal(shape, np.float32)
 
@@ -127,7 +127,7 @@ _quantize = jax.jit(quantize_rows, static_argnums=1)
 
 
 def store(values: np.ndarray, storage: str):
-    """A matrix as that storage has it."""
+    """Store a matrix as the storage says, without compiling anything for floats."""
     if storage.startswith("int"):
         return _quantize(values, Storage.parse(storage))
     return jnp.asarray(values.astype(storage))
@@ -256,7 +256,7 @@ class ExecutorSuite:
 
     @pytest.mark.parametrize("tokens", [1, 3])
     def test_attend_sees_keys_and_values_as_the_cache_stores_them(self, executor, tokens):
-        """Its own tokens', too: of what a program has just written, no bit is left that the cache has no room for."""
+        """A pass also sees its own tokens rounded: XLA must not leave that out of one program."""
         draw = normal(1)
         q, k, v = (jnp.asarray(draw(1, tokens, 2, 16)) for _ in range(3))
         start, count = jnp.asarray([0], jnp.int32), jnp.asarray([tokens], jnp.int32)

@@ -48,7 +48,7 @@ def describe_model(params: Params) -> dict[str, str]:
 
 
 def _window(config: ModelConfig) -> str:
-    """Of how many positions a token sees, and in which layers, where not all."""
+    """How many positions a token sees, and in how many layers if not in all; empty without a window."""
     windowed = sum(config.window(layer) is not None for layer in range(config.num_layers))
     if not windowed:
         return ""

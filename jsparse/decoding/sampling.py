@@ -9,8 +9,8 @@ from jsparse.errors import JsparseError
 from jsparse.model.slots import SlotState
 from jsparse.typing import Array, Float, Int
 
-_COLDEST = 1e-30
-"""Temperatures below are greedy, and a smaller top_p keeps one token as this one does: float32 has no room for less."""
+_SMALLEST = 1e-30
+"""A lower temperature is greedy, and a smaller top_p is taken as this: float32 rounds what is far below to 0."""
 
 
 class Sampling(NamedTuple):
@@ -34,8 +34,8 @@ class Sampling(NamedTuple):
             problems.append(f"top_p is {top_p} and must be greater than 0 and at most 1")
         if problems:
             raise JsparseError("; ".join(problems))
-        temperature = 0.0 if temperature < _COLDEST else temperature
-        return cls(temperature, min(top_k or vocab_size, vocab_size), max(top_p, _COLDEST))
+        temperature = 0.0 if temperature < _SMALLEST else temperature
+        return cls(temperature, min(top_k or vocab_size, vocab_size), max(top_p, _SMALLEST))
 
 
 def choose(

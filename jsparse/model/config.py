@@ -18,6 +18,7 @@ _SIZES = (
     "head_dim",
     "context_length",
 )
+"""Fields that are whole numbers from 1 on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,7 @@ class ModelConfig:
             raise JsparseError("model config: " + "; ".join(problems))
 
     def _check_types(self) -> None:
-        """Raises: JsparseError: a value is of a type that cannot be compared with what it must be."""
+        """Raises: JsparseError: values are of the wrong types; all are listed."""
         windows = () if self.sliding_window is None else ("sliding_window",)
         problems = [
             f"{field} is {getattr(self, field)!r} and must be a whole number"

@@ -49,4 +49,4 @@ KINDS: dict[str, FFNSpec] = {
 """The FFNs that models have, by the names in their configurations. `fatrelu` alone has a threshold beside 0."""
 SPARSE_KINDS = tuple(kind for kind, spec in KINDS.items() if spec.has_zeros)
 HF_KINDS = tuple(kind for kind, spec in KINDS.items() if spec.up is not None)
-"""Those that a Hugging Face checkpoint is read as: no family without an up projection is read yet."""
+"""The kinds that a Hugging Face checkpoint can be read as: no family without an up projection is read yet."""
