@@ -12,7 +12,7 @@ from jsparse.executors.select import select_executor
 
 @pytest.fixture(scope="module")
 def fitted(default):
-    return jsparse.fit_predictors(default, (DEFAULT_MODEL / "calibration.txt").read_text())
+    return jsparse.fit_predictors(default, (DEFAULT_MODEL / "calibration.txt").read_text(), tokens=8_192)
 
 
 def accuracy(params, predictors, rows):
