@@ -52,6 +52,7 @@ def said_under(settings: dict, model: Path) -> list:
     return json.loads(done.stdout)
 
 
+@pytest.mark.nightly  # two processes; every setting alone stays
 def test_all_settings_of_the_caller_together_change_nothing(tmp_path):
     jsparse.save(random_params(TINY), tmp_path / "m")
     assert said_under(SETTINGS, tmp_path / "m") == said_under({}, tmp_path / "m")

@@ -137,11 +137,15 @@ def test_generation_with_interpreted_kernels(fitted, sparse, monkeypatch):
     assert batches[0] == batches[1]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [["--dense"], []], ids=["dense", "sparse"])
-def test_generation_on_a_gpu_gives_the_tokens_of_the_cpu(fitted, options, tmp_path):
+@pytest.fixture(scope="module")
+def gpu():
     if reason := pallas_kernels.unavailable():
         pytest.skip(reason)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [["--dense"], []], ids=["dense", "sparse"])
+def test_generation_on_a_gpu_gives_the_tokens_of_the_cpu(gpu, fitted, options, tmp_path):
     jsparse.save(fitted, tmp_path / "fitted")
     texts = {}
     for platform, executor in (("cuda", "cuda"), ("cpu", "cpu")):
