@@ -634,9 +634,11 @@ void TestChecker() {
 
 }  // namespace
 
-int main() {
+// Tests the instruction set that the argument names, or all that this processor runs.
+int main(int num_arguments, char** arguments) {
   Random random;
   for (const Kernels* const* kernels = RunnableKernels(); *kernels; ++kernels) {
+    if (num_arguments > 1 && std::strcmp(arguments[1], (*kernels)->name) != 0) continue;
     Threads threads(2);
     const Case c{**kernels, threads, random, (*kernels)->name};
     TestTakeRows(c);
