@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jsparse
-from jsparse.arrays import Matrix, Rows, Storage, aligned_empty, cast, dequantize
+from jsparse.arrays import Matrix, Rows, Storage, aligned_empty, dequantize
 from jsparse.model.weights import FFNWeights, Predictor
+from jsparse.rounding import cast
 
 ACTIVE = 0.1
 _LEADING_ENERGY = 0.95

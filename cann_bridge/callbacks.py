@@ -11,10 +11,12 @@ from cann_bridge.handover import Matrix, arrays_of, held, hold, resident, reside
 from cann_bridge.ops import ops
 
 
-def place_ffn(gate: Matrix, up: Matrix | None, down_t: Matrix, threshold: jax.Array, device) -> jax.Array:
-    """A handle of the matrices (F, D) and the threshold (F,) on the device."""
+def place_ffn(
+    gate: Matrix, up: Matrix | None, down_t: Matrix, threshold: jax.Array, device, width: int | None = None
+) -> jax.Array:
+    """A handle of the matrices (F, D) and the threshold (F,) on the device; packed rows do not tell their width D."""
     arrays = sum((arrays_of(part) for part in (gate, up, down_t, threshold) if part is not None), ())
-    matrices = (None if matrix is None else resident(matrix, device) for matrix in (gate, up, down_t))
+    matrices = (None if matrix is None else resident(matrix, device, columns=width) for matrix in (gate, up, down_t))
     return hold(arrays, device, (*matrices, resident(threshold, device, import_torch().float32)))
 
 

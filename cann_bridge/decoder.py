@@ -81,7 +81,7 @@ class Decoder:
         """Weights that are not yet on the device are handed over."""
         self._spec, self._device = spec, device
         self._torch = import_torch()
-        self._embed, self._head = resident(embed, device), resident(head, device)
+        self._embed, self._head = (resident(matrix, device, columns=norm.shape[0]) for matrix in (embed, head))
         self._norm = self._vector(norm)
         self._layers = [self._layer(layer) for layer in layers]
         self._frequencies = self._torch.tensor(spec.frequencies, dtype=self._torch.float32).to(device)
@@ -94,12 +94,14 @@ class Decoder:
         return resident(array, self._device, self._torch.float32)
 
     def _layer(self, layer: LayerArrays) -> dict[str, Any]:
-        matrices = {name: resident(getattr(layer, name), self._device) for name in ("q", "k", "v", "o")}
-        return matrices | {
+        width = layer.input_norm.shape[0]
+        heads = {"q": width, "k": width, "v": width, "o": self._spec.num_heads * self._spec.head_dim}
+        ffn = (layer.gate, layer.up, layer.down_t)
+        return {name: resident(getattr(layer, name), self._device, columns=size) for name, size in heads.items()} | {
             "norms": [self._vector(array) for array in (layer.input_norm, layer.post_attention_norm)],
             "biases": [self._vector(array) for array in layer.biases],
             "ffn": [
-                *(m if m is None else resident(m, self._device) for m in (layer.gate, layer.up, layer.down_t)),
+                *(m if m is None else resident(m, self._device, columns=width) for m in ffn),
                 self._vector(layer.threshold),
             ],
             "predictor": layer.predictor and resident_predictor(*layer.predictor, self._embed.shape[1], self._device),

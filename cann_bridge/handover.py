@@ -14,7 +14,8 @@ import numpy as np
 from cann_bridge.devices import import_torch, predictor_dtype, weight_dtype
 
 Matrix = jax.Array | tuple[jax.Array, jax.Array]
-"""Floats, or low-bit rows (values, scale): values int8, or uint8 with two 4-bit numbers a byte."""
+"""Floats; low-bit rows (values, scale), of int8, or uint8 with two 4-bit numbers a byte; or (values, codebook), where
+the float16 scales of every 32 columns follow a row's codes of 4 bits, and codebook (16,) int8 says what a code is."""
 
 _ROWS = 1024
 """Unpacked at once, so that no float32 copy of a large matrix is held."""
@@ -30,14 +31,17 @@ def borrow(array: jax.Array):
     return import_torch().from_dlpack(array)
 
 
-def resident(matrix: Matrix, device, dtype=None):
+def resident(matrix: Matrix, device, dtype=None, columns: int | None = None):
     """The matrix on the device, in the dtype it is multiplied in there; made at the first call for an array, and kept.
+
+    Args:
+      columns: of a matrix that may be packed in 4 bits: an odd row has one too many in its bytes.
 
     Raises:
       ValueError: it holds values that the dtype cannot.
     """
     dtype = dtype or weight_dtype(str(arrays_of(matrix)[0].dtype), device)
-    return _once(arrays_of(matrix), ("matrix", str(device), dtype), lambda: _moved(matrix, device, dtype))
+    return _once(arrays_of(matrix), ("matrix", str(device), dtype), lambda: _moved(matrix, device, dtype, columns))
 
 
 def resident_predictor(a: Matrix, b: Matrix, bias: jax.Array, width: int, device) -> tuple:
@@ -116,30 +120,42 @@ def _once(arrays: tuple[jax.Array, ...], key: tuple, make) -> Any:
 
 
 def arrays_of(matrix: Matrix) -> tuple[jax.Array, ...]:
-    """Values, and the scales where there are some."""
+    """Values, and the scales or the codebook where there are some."""
     return matrix if isinstance(matrix, tuple) else (matrix,)
 
 
 def _moved(matrix: Matrix, device, dtype, columns: int | None = None):
-    """columns: of the matrix, where it may be packed in 4 bits: an odd row has one too many in its bytes."""
     torch = import_torch()
     if not isinstance(matrix, tuple):
         tensor = borrow(matrix).to(dtype)  # on the host: not every device has the stored dtype
         _check_finite(tensor, f"a weight of shape {tuple(matrix.shape)}", dtype)
         return tensor.to(device)
-    values, scale = (borrow(array).to(device) for array in matrix)
-    if tuple(scale.shape) != (values.shape[0], 1):
+    values, scale = map(borrow, matrix)
+    if scale.dtype == torch.int8:
+        codebook, groups = scale.to(torch.float32).to(device), -(-values.shape[1] // 18)
+        # Bytes become float16 on the host: not every device gives memory another type.
+        scale = values[:, -2 * groups :].contiguous().view(torch.float16).to(torch.float32)
+        values = values[:, : -2 * groups]
+    elif tuple(scale.shape) == (values.shape[0], 1):
+        codebook = None
+    else:
         raise ValueError(f"scales of shape {tuple(scale.shape)}; a row has one on this device")
+    values, scale = values.contiguous().to(device), scale.to(device)
     parts = []
     for start in range(0, values.shape[0], _ROWS):
-        rows = values[start : start + _ROWS]
+        rows, factor = values[start : start + _ROWS], scale[start : start + _ROWS]
         if rows.dtype == torch.uint8:
-            rows = torch.stack([(rows & 15).to(torch.float32) - 8, (rows >> 4).to(torch.float32) - 8], dim=2).flatten(1)
-        if columns is not None and columns != rows.shape[1]:
-            rows = rows[:, :columns].contiguous()
-        parts.append((rows.to(torch.float32) * scale[start : start + _ROWS]).to(dtype))
+            rows = torch.stack([rows & 15, rows >> 4], dim=2).flatten(1)
+            rows = rows.to(torch.float32) - 8 if codebook is None else codebook[rows.to(torch.int64)]
+        if codebook is not None:
+            factor = _cut(factor[:, :, None].expand(-1, -1, 32).flatten(1), rows.shape[1])
+        parts.append(_cut(rows.to(torch.float32) * factor, columns or rows.shape[1]).to(dtype))
         _check_finite(parts[-1], f"a weight of {values.shape[0]} rows", dtype)
     return torch.cat(parts)
+
+
+def _cut(rows, columns: int):
+    return rows if rows.shape[1] == columns else rows[:, :columns].contiguous()
 
 
 def _check_finite(tensor, name: str, dtype) -> None:

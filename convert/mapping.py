@@ -15,11 +15,12 @@ from rich.progress import track
 from convert.errors import ConversionError
 from convert.families import Family
 from convert.tensors import Index, StoredTensor
-from jsparse.arrays import Rows, Storage, aligned_empty, dequantize, quantize_by_blocks
+from jsparse.arrays import Rows, Storage, aligned_empty, dequantize
 from jsparse.errors import listing
 from jsparse.model.config import ModelConfig
 from jsparse.model.parameters import Role, by_path, make_weights, parameters
 from jsparse.model.weights import Weights
+from jsparse.rounding import quantize_by_blocks
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _BLOCK_ELEMENTS = 2**20

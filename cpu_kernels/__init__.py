@@ -1,10 +1,15 @@
 """Native kernels for decoding on a CPU, as JAX functions: arrays in, arrays out.
 
-A matrix argument is an array (rows, columns) of float32, bfloat16 or float16, or low-bit rows `(values, scale)`: values
-(rows, columns) int8, or (rows, ceil(columns / 2)) uint8 with two 4-bit elements per byte (q + 8, the even one in the
-low nibble), and scale (rows, 1) float32. Matrices are (out, in); nothing copies them. Vectors are float32, one per row.
-Sums are accumulated in float32, in one order: the result of a token has the same bits for any number of threads and
-whatever other tokens stand beside it.
+A matrix argument is an array (rows, columns) of float32, bfloat16 or float16, or low-bit rows:
+
+- `(values, scale)`: values (rows, columns) int8, or (rows, ceil(columns / 2)) uint8 with two 4-bit elements per byte
+  (q + 8, the even one in the low nibble), and scale (rows, 1) float32;
+- `(values, codebook)`: groups of 32 columns share a scale. A row of values, uint8, has two codes of 0 to 15 per byte,
+  ceil(columns / 2), and behind them ceil(columns / 32) float16 scales; codebook (16,) int8 says what a code is.
+
+Matrices are (out, in); nothing copies them. Vectors are float32, one per row. Low-bit rows meet vectors rounded to 16
+bits, one step per vector, in integer products. Sums over floats are accumulated in float32, in one order: the result of
+a token has the same bits for any number of threads and whatever other tokens stand beside it.
 """
 
 import importlib
@@ -118,8 +123,6 @@ def sparse_ffn(
 ) -> tuple[jax.Array, jax.Array]:
     """The FFN over the neurons j with (b a x + bias)_j > 0, and no row of another neuron read.
 
-    With a low-bit b the scores are computed in integer arithmetic, a x rounded to 16 bits.
-
     Args:
       x: (B, D).
       gate, up, down_t: (F, D); up may be None.
@@ -200,6 +203,6 @@ def _rows(matrix: Matrix) -> int:
 
 
 def _flatten(matrices) -> list[jax.Array]:
-    """Values and scale of every matrix that is there; the scale of a plain one is empty."""
+    """Values and scale, or codebook, of every matrix that is there; the scale of a plain one is empty."""
     empty = jnp.zeros((0,), jnp.float32)
     return [part for m in matrices if m is not None for part in (m if isinstance(m, tuple) else (m, empty))]

@@ -9,18 +9,21 @@ from jsparse.model.weights import FFNWeights, Predictor
 
 
 def matrix(stored) -> np.ndarray:
-    """The exact value of a stored matrix: plain in any dtype, int8 rows, or packed int4 rows."""
+    """The exact value of a stored matrix: plain in any dtype, int8 rows, packed int4 rows, or rows of int4:32."""
     if not isinstance(stored, Rows):
         return np.asarray(stored).astype(np.float64)
     values = np.asarray(stored.values)
-    if stored.storage.bits == 4:
-        unpacked = np.empty((values.shape[0], 2 * values.shape[1]), np.int64)
-        unpacked[:, 0::2] = values & 0x0F
-        unpacked[:, 1::2] = values >> 4
-        values = unpacked[:, : stored.columns] - 8
-    scale = np.asarray(stored.scale, np.float64)
-    scale = np.repeat(scale, stored.storage.group or stored.columns, axis=1)
-    return values.astype(np.float64) * scale[:, : stored.columns]
+    if stored.storage.bits == 8:
+        return values.astype(np.float64) * np.asarray(stored.scale, np.float64)
+    width = (stored.columns + 1) // 2
+    codes = np.empty((values.shape[0], 2 * width), np.int64)
+    codes[:, 0::2] = values[:, :width] & 0x0F
+    codes[:, 1::2] = values[:, :width] >> 4
+    codes = codes[:, : stored.columns]
+    if stored.storage.group is None:
+        return (codes - 8) * np.asarray(stored.scale, np.float64)
+    scale = np.ascontiguousarray(values[:, width:]).view("<f2").astype(np.float64)
+    return np.asarray(stored.codebook, np.float64)[codes] * np.repeat(scale, 32, axis=1)[:, : stored.columns]
 
 
 ACTIVATIONS = {

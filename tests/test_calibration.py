@@ -19,7 +19,7 @@ from conftest import TINY, random_params, run_decoder
 from test_generation import byte_tokenizer
 
 import jsparse
-from jsparse.arrays import Rows, cast
+from jsparse.arrays import Rows
 from jsparse.cli import calibrate
 from jsparse.executors.xla import Xla
 from jsparse.model.parameters import by_path, make_weights, parameters
@@ -27,6 +27,7 @@ from jsparse.model.weights import Linear
 from jsparse.predictors import state as calibration_state
 from jsparse.predictors.fit import CalibrationOptions, fit_layers, make_rows
 from jsparse.predictors.texts import read_prompts
+from jsparse.rounding import cast
 
 SMALL = dataclasses.replace(TINY, hidden_size=32, intermediate_size=96, num_heads=2)
 TOKENS = [np.random.default_rng(2).integers(0, SMALL.vocab_size, 900)]

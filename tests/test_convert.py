@@ -22,10 +22,11 @@ from convert import export_predictors, from_huggingface, import_predictors, to_h
 from convert import mapping as convert_mapping
 from convert.config import read_config
 from convert.tensors import open_checkpoint, read_safetensors
-from jsparse.arrays import Rows, Storage, dequantize, quantize_rows
+from jsparse.arrays import Rows, Storage, dequantize
 from jsparse.model.config import ModelConfig, RopeScaling
 from jsparse.model.parameters import by_path
 from jsparse.model.weights import FFNWeights, Params, Predictor
+from jsparse.rounding import quantize_rows
 
 _LLAMA = ModelConfig(
     32, 48, 2, 4, 2, 64, context_length=128, ffn_kind="reglu", norm_eps=1e-5, bos_token_id=1, eos_token_ids=(2,)

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors", "typing", "directories", "options", "settings", "text"),
     ("arrays",),
+    ("rounding",),
     ("model",),
     ("executors", "checkpoints"),
     ("predictors",),

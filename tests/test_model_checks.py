@@ -171,7 +171,8 @@ def test_what_is_no_executor_is_refused(executor, tiny):
 
 
 def test_a_quantised_embedding_runs(tiny):
-    from jsparse.arrays import Storage, quantize_rows
+    from jsparse.arrays import Storage
+    from jsparse.rounding import quantize_rows
 
     weights = dataclasses.replace(tiny.weights, embed=quantize_rows(tiny.weights.embed, Storage("int8")))
     assert isinstance(weights.embed, Rows)

@@ -59,7 +59,8 @@ class AttendTile {
     window_ = std::min(shape.window, shape.slots);
     head_bytes_ = RowBytes(shape.cache_type, shape.head_dim);
     slot_bytes_ = shape.num_kv_heads * head_bytes_;
-    vector_ = kernels_.arranged_size(shape.cache_type, shape.head_dim);
+    query_ = kernels_.operand_size(shape.cache_type, shape.head_dim);
+    vector_ = kernels_.sum_size(shape.cache_type, shape.head_dim);
     partial_ = vector_ + 2;
     for (int64_t b = 0; b < shape.batch; ++b) {
       if (Tokens(b)) blocks_ = std::max(blocks_, LastBlock(b, Tokens(b) - 1) - FirstBlock(b, 0) + 1);
@@ -70,7 +71,7 @@ class AttendTile {
     const int64_t num_queries = shape_.batch * size_ * shape_.num_heads;
     Arena& arena = Arena::OfCall();
     arena.Begin();
-    queries_ = arena.Take<float>(num_queries * vector_);
+    queries_ = arena.Take<float>(num_queries * query_);
     partials_ = arena.Take<float>(num_queries * blocks_ * partial_);
     Phases phases;
     const auto take = [this](int64_t i) { TakeToken(i / size_, i % size_); };
@@ -100,14 +101,14 @@ class AttendTile {
   // Queries of a key head stand together, token by token: of that head, token and head among its group.
   int64_t Query(int64_t kv, int64_t t, int64_t g) const { return (kv * size_ + t) * group_ + g; }
   float* QueryAt(int64_t b, int64_t query) const {
-    return queries_ + (b * size_ * shape_.num_heads + query) * vector_;
+    return queries_ + (b * size_ * shape_.num_heads + query) * query_;
   }
   // Of a block and query: largest score, sum of exponentials, weighted sum of values.
   float* PartialAt(int64_t b, int64_t block, int64_t query) const {
     return partials_ + ((b * blocks_ + block) * size_ * shape_.num_heads + query) * partial_;
   }
 
-  // Writes a token's key and value at its position, and arranges its queries.
+  // Writes a token's key and value at its position, and makes operands of its queries.
   void TakeToken(int64_t b, int64_t t) const {
     if (t >= Tokens(b)) return;
     const int64_t row = shape_.num_kv_heads * shape_.head_dim, token = b * shape_.tokens + first_ + t;
@@ -116,7 +117,7 @@ class AttendTile {
     StoreAs(shape_.cache_type, arrays_.v + token * row, row, static_cast<uint8_t*>(arrays_.values) + at);
     for (int64_t h = 0; h < shape_.num_heads; ++h) {
       const float* q = arrays_.q + (token * shape_.num_heads + h) * shape_.head_dim;
-      kernels_.arrange(shape_.cache_type, q, shape_.head_dim, shape_.scale,
+      kernels_.operand(shape_.cache_type, q, shape_.head_dim, shape_.scale,
                        QueryAt(b, Query(h / group_, t, h % group_)));
     }
   }
@@ -143,7 +144,7 @@ class AttendTile {
     float* scores = own.Take<float>(size_ * shape_.num_heads * count);
     ForRows(b, first, count, arrays_.keys, arrays_.values, [&](const Matrix& side, Rows rows, int64_t i, int64_t kv) {
       const int64_t query = Query(kv, 0, 0);
-      kernels_.dots(side, rows, QueryAt(b, query), vector_, tokens * group_, scores + query * count + i, count);
+      kernels_.dots(side, rows, QueryAt(b, query), query_, tokens * group_, scores + query * count + i, count);
     });
     for (int64_t kv = 0; kv < shape_.num_kv_heads; ++kv) {
       for (int64_t i = 0; i < tokens * group_; ++i) {
@@ -207,7 +208,7 @@ class AttendTile {
     for (int64_t s = 0; s < count; ++s) factors[s] /= total;
     std::memset(sum, 0, vector_ * sizeof(float));
     const Matrix values{Type::kF32, partials + 2, nullptr, count, vector_, stride * int64_t{sizeof(float)}, 0};
-    kernels_.accumulate(values, {nullptr, 0, count}, factors, sum);
+    kernels_.accumulate(values, {nullptr, 0, count}, factors, sum, nullptr);
     kernels_.restore(shape_.cache_type, sum, shape_.head_dim, out);
   }
 
@@ -216,7 +217,7 @@ class AttendTile {
   const Attention& shape_;
   const AttentionArrays& arrays_;
   const int64_t first_, size_;
-  int64_t group_, window_, head_bytes_, slot_bytes_, vector_, partial_, blocks_ = 0;
+  int64_t group_, window_, head_bytes_, slot_bytes_, query_, vector_, partial_, blocks_ = 0;
   float* queries_;
   float* partials_;
 };

@@ -74,14 +74,21 @@ Matrix Checker::ExpectMatrix(const Buffer& values, const Buffer& scale, int64_t 
            ", expected float32, bfloat16, float16, int8 or uint8 (two 4-bit elements)");
       return matrix;
   }
-  const bool low_bit = matrix.type == Type::kI8 || matrix.type == Type::kI4;
-  Expect(values, values.element, {rows, matrix.type == Type::kI4 ? (cols + 1) / 2 : cols});
+  const bool grouped = matrix.type == Type::kI4 && scale.element == Element::kI8;
+  if (grouped) matrix.type = Type::kI4x32;
+  matrix.stride = RowStride(matrix.type, cols);
+  Expect(values, values.element, {rows, matrix.stride / Size(values.element)});
   matrix.rows = values.dims.empty() ? 0 : values.dims[0];
   matrix.cols = cols;
-  matrix.stride = RowBytes(matrix.type, cols);
   matrix.data = values.data;
-  Expect(scale, Element::kF32, low_bit ? std::vector<int64_t>{matrix.rows, 1} : std::vector<int64_t>{0});
-  matrix.scale = low_bit ? static_cast<const float*>(scale.data) : nullptr;
+  if (grouped) {
+    Expect(scale, Element::kI8, {16});
+    matrix.codebook = static_cast<const int8_t*>(scale.data);
+  } else {
+    const bool scaled = IsLowBit(matrix.type);
+    Expect(scale, Element::kF32, scaled ? std::vector<int64_t>{matrix.rows, 1} : std::vector<int64_t>{0});
+    matrix.scale = scaled ? static_cast<const float*>(scale.data) : nullptr;
+  }
   return matrix;
 }
 

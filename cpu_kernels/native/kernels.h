@@ -1,8 +1,9 @@
 // The inner loops, one table of them per instruction set. Each runs on the calling thread alone.
 //
-// A vector that meets a matrix's rows is first *arranged* for the matrix's type: padded with zeros to whole groups of
-// lanes x parts elements, and where shifts widen the packed elements permuted so that none crosses lanes. What is
-// accumulated from rows (the down projection) comes out in the same arrangement.
+// A vector that meets a matrix's rows first becomes an *operand* for the matrix's type. For floats it is *arranged*: padded
+// with zeros to whole groups of lanes x parts elements, and where shifts widen the packed elements permuted so that none
+// crosses lanes. For low-bit types it is rounded to 16 bits, and products are taken in integers. What is accumulated from
+// rows (the down projection) is arranged for their type too.
 #pragma once
 
 #include <cstdint>
@@ -11,34 +12,33 @@
 
 namespace jsparse {
 
+constexpr int64_t kSumRows = 256;  // of a low-bit matrix, whose sums in 32 bits cannot overflow
+
 struct Kernels {
   const char* name;
 
-  // Floats that an arranged vector of n elements takes.
-  int64_t (*arranged_size)(Type type, int64_t n);
-  void (*arrange)(Type type, const float* x, int64_t n, float scale, float* arranged);
+  // Floats that the operand of a vector of n elements takes; and the operand of x times `scale`.
+  int64_t (*operand_size)(Type type, int64_t n);
+  void (*operand)(Type type, const float* x, int64_t n, float scale, float* operand);
+  // out[m * ldo + i] = row rows[i] of w . x_m, for num_x operands, one every ldx floats.
+  void (*dots)(const Matrix& w, Rows rows, const float* x, int64_t ldx, int64_t num_x, float* out, int64_t ldo);
+
+  // Floats that a sum of rows takes, arranged; and its elements.
+  int64_t (*sum_size)(Type type, int64_t n);
   void (*restore)(Type type, const float* arranged, int64_t n, float* x);
-
-  // A row of w in float32, scaled, in w's arrangement.
-  void (*widen)(const Matrix& w, int64_t row, float* arranged);
-
   // x = the sum of `count` arranged vectors, one every `stride` floats; the first is overwritten.
   void (*combine)(Type type, float* arranged, int64_t count, int64_t stride, int64_t n, float* x);
+  // A row of w in float32, scaled, arranged.
+  void (*widen)(const Matrix& w, int64_t row, float* arranged);
 
-  // out[m * ldo + i] = row rows[i] of w . x_m, for num_x vectors arranged one every ldx floats.
-  void (*dots)(const Matrix& w, Rows rows, const float* x, int64_t ldx, int64_t num_x, float* out, int64_t ldo);
-  // sum += coefficients[i] * row rows[i] of w, `sum` in w's arrangement.
-  void (*accumulate)(const Matrix& w, Rows rows, const float* coefficients, float* sum);
-  // sums[m] += sum over i of p[m * ldp + i] * row rows[i] of w, one every lds floats in w's arrangement; `rows` is no list, w whole.
+  // sum += coefficients[i] * row rows[i] of w, arranged. `scratch` is for scratch_size(w) integers, none of floats. Low-bit
+  // rows are added in blocks of kSumRows, whose coefficients are rounded to 16 bits.
+  int64_t (*scratch_size)(const Matrix& w);
+  void (*accumulate)(const Matrix& w, Rows rows, const float* coefficients, float* sum, int32_t* scratch);
+  // sums[m] += sum over i of p[m * ldp + i] * row rows[i] of w, one every lds floats arranged; `rows` is no list, w of floats.
   void (*weighted)(const Matrix& w, Rows rows, const float* p, int64_t ldp, int64_t num_x, float* sums, int64_t lds);
 
-  // The products of a low-bit matrix (kI8 or kI4) with features of 16 bits, in integer arithmetic. `Quantize` arranges
-  // and rounds x and returns the value of one step; score i is out[i] = step * (row . features).
-  int64_t (*features_size)(Type type, int64_t n);
-  float (*quantize)(Type type, const float* x, int64_t n, int16_t* features);
-  void (*scores)(const Matrix& w, Rows rows, const int16_t* features, float step, float* out);
-
-  // sums[m] += sum over i of h[m * ldh + i] * row rows[i] of w without its scale, for many vectors: the column_block
+  // sums[m] += sum over i of h[m * ldh + i] * row rows[i] of w, of floats, for many vectors: the column_block
   // columns from `column` on, in w's arrangement, one vector every lds floats; `panel` is a scratch of panel_size floats.
   void (*add_columns)(const Matrix& w, Rows rows, int64_t column, const float* h, int64_t ldh, int64_t num_x,
                       float* panel, float* sums, int64_t lds);

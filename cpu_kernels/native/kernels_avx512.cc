@@ -3,6 +3,6 @@
 #define TABLE kAvx512Kernels
 #define LANES 16
 #define TILE 6
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #include "kernels_body.inc"
 #endif

@@ -5,7 +5,9 @@
 
 namespace jsparse {
 
-enum class Type : int { kF32, kBF16, kF16, kI8, kI4 };
+enum class Type : int { kF32, kBF16, kF16, kI8, kI4, kI4x32 };
+
+inline bool IsLowBit(Type type) { return type == Type::kI8 || type == Type::kI4 || type == Type::kI4x32; }
 
 inline int64_t Bits(Type type) {
   switch (type) {
@@ -13,13 +15,15 @@ inline int64_t Bits(Type type) {
     case Type::kBF16:
     case Type::kF16: return 16;
     case Type::kI8: return 8;
-    case Type::kI4: return 4;
+    case Type::kI4:
+    case Type::kI4x32: return 4;
   }
   return 0;
 }
 
 // Rows of `cols` elements. Element (i, j) is its stored value, times scale[i] where there are scales. kI4 packs two
-// elements a byte, q + 8 each, the even one in the low nibble; an odd row ends in half a byte.
+// elements a byte, q + 8 each, the even one in the low nibble; an odd row ends in half a byte. kI4x32 packs q so too, for the
+// value codebook[q] times a scale that 32 columns share: the row's scales, float16, follow its packed elements.
 struct Matrix {
   Type type = Type::kF32;
   const void* data = nullptr;
@@ -28,11 +32,17 @@ struct Matrix {
   int64_t cols = 0;
   int64_t stride = 0;  // bytes from one row to the next
   int64_t ahead = 0;   // bytes from a row to what is read after it; 0 where that is simply the next rows
+  const int8_t* codebook = nullptr;
 
   const uint8_t* Row(int64_t i) const { return static_cast<const uint8_t*>(data) + i * stride; }
 };
 
+// Of a row's elements.
 inline int64_t RowBytes(Type type, int64_t cols) { return (cols * Bits(type) + 7) / 8; }
+// Of a row with the scales that lie in it.
+inline int64_t RowStride(Type type, int64_t cols) {
+  return RowBytes(type, cols) + (type == Type::kI4x32 ? (cols + 31) / 32 * 2 : 0);
+}
 
 // Some rows of a matrix: those in `list`, or without a list the `count` rows from `first` on.
 struct Rows {

@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kSlots = 16;
 constexpr int64_t kChunkRows = 48;    // rows of a matrix a thread takes at a time
 constexpr int64_t kFew = 8;           // vectors that take the FFN of a slot's neurons one after another
+constexpr int64_t kFewLowBit = 32;    // the same where down_t is of a low-bit type
 constexpr int64_t kManyVectors = 512;
 constexpr int64_t kNearVectors = 48;  // arranged vectors that stay in a core's cache while rows pass by
 constexpr int64_t kDownRows = 32;     // rows that stay in cache while several vectors take them
@@ -23,10 +24,10 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t Bytes(const Matrix& w) { return w.rows * w.stride; }
 int64_t Bytes(const Ffn& ffn) { return Bytes(ffn.gate) + Bytes(ffn.up) + Bytes(ffn.down_t); }
 
-// x arranged for the types of several matrices, each type once.
-class Arranged {
+// Operands of x for the types of several matrices, each type once.
+class Operands {
  public:
-  Arranged(const Context& context, Arena& arena, const float* x, int64_t num_x, int64_t n)
+  Operands(const Context& context, Arena& arena, const float* x, int64_t num_x, int64_t n)
       : kernels_(context.kernels), arena_(arena), x_(x), num_x_(num_x), n_(n) {}
 
   struct View {
@@ -34,20 +35,20 @@ class Arranged {
     int64_t stride;  // from one vector to the next
   };
 
-  // To be called before the phases run: for many vectors the arranging itself becomes one of them.
+  // To be called before the phases run: for many vectors making operands becomes one of them.
   View For(Type type, Phases& phases) {
     View& view = views_[static_cast<int>(type)];
     if (view.x) return view;
-    const int64_t size = kernels_.arranged_size(type, n_);
+    const int64_t size = kernels_.operand_size(type, n_);
     float* rows = arena_.Take<float>(num_x_ * size);
     view = {rows, size};
-    const auto arrange = [this, type, size, rows](int64_t m) {
-      kernels_.arrange(type, x_ + m * n_, n_, 1.0f, rows + m * size);
+    const auto make = [this, type, size, rows](int64_t m) {
+      kernels_.operand(type, x_ + m * n_, n_, 1.0f, rows + m * size);
     };
     if (num_x_ > kFew) {
-      phases.Add(num_x_, arrange);
+      phases.Add(num_x_, make);
     } else {
-      for (int64_t m = 0; m < num_x_; ++m) arrange(m);
+      for (int64_t m = 0; m < num_x_; ++m) make(m);
     }
     return view;
   }
@@ -57,7 +58,7 @@ class Arranged {
   Arena& arena_;
   const float* x_;
   const int64_t num_x_, n_;
-  View views_[5] = {};
+  View views_[6] = {};
 };
 
 // The rows of several matrices in chunks.
@@ -79,7 +80,7 @@ struct RowChunks {
 };
 
 // The product of some rows with num_x vectors.
-void Multiply(const Kernels& kernels, const Matrix& w, Rows rows, Arranged::View x, int64_t num_x, float* out,
+void Multiply(const Kernels& kernels, const Matrix& w, Rows rows, Operands::View x, int64_t num_x, float* out,
               int64_t ldo) {
   for (int64_t m = 0; m < num_x; m += kNearVectors) {
     kernels.dots(w, rows, x.x + m * x.stride, x.stride, std::min(kNearVectors, num_x - m), out + m * ldo, ldo);
@@ -91,9 +92,9 @@ void LinearBlock(const Context& context, const float* x, int64_t num_x, const st
   Arena& arena = Arena::OfCall();
   arena.Begin();
   Phases phases;
-  Arranged arranged(context, arena, x, num_x, weights[0].cols);
-  std::vector<Arranged::View> views;
-  for (const Matrix& w : weights) views.push_back(arranged.For(w.type, phases));
+  Operands operands(context, arena, x, num_x, weights[0].cols);
+  std::vector<Operands::View> views;
+  for (const Matrix& w : weights) views.push_back(operands.For(w.type, phases));
   const RowChunks chunks(weights);
   phases.Add(chunks.total, [&](int64_t chunk) {
     const auto [which, rows] = chunks[chunk];
@@ -134,7 +135,7 @@ class SlotSums {
  public:
   SlotSums(const Context& context, Arena& arena, const Matrix& down_t, int64_t num_x)
       : kernels_(context.kernels), down_t_(down_t), num_x_(num_x) {
-    size_ = kernels_.arranged_size(down_t.type, down_t.cols);
+    size_ = kernels_.sum_size(down_t.type, down_t.cols);
     sums_ = arena.Take<float>(kSlots * num_x * size_);
   }
 
@@ -163,9 +164,9 @@ void DenseFfnFew(const Context& context, const float* x, int64_t num_x, const Ff
   Arena& arena = Arena::OfCall();
   arena.Begin();
   Phases phases;
-  Arranged arranged(context, arena, x, num_x, ffn.gate.cols);
-  const auto gate_x = arranged.For(ffn.gate.type, phases);
-  const auto up_x = HasUp(spec) ? arranged.For(ffn.up.type, phases) : gate_x;
+  Operands operands(context, arena, x, num_x, ffn.gate.cols);
+  const auto gate_x = operands.For(ffn.gate.type, phases);
+  const auto up_x = HasUp(spec) ? operands.For(ffn.up.type, phases) : gate_x;
   SlotSums sums(context, arena, ffn.down_t, num_x);
   phases.Add(kSlots, [&](int64_t slot) {
     sums.Clear(slot);
@@ -179,11 +180,13 @@ void DenseFfnFew(const Context& context, const float* x, int64_t num_x, const Ff
     for (int64_t m = 0; m < num_x; ++m) {
       Activate(spec, ffn.threshold + neurons.first, neurons.count, up + m * neurons.count, hidden + m * neurons.count);
     }
-    const int64_t step = num_x == 1 ? std::max<int64_t>(1, neurons.count) : kDownRows;
+    int32_t* scratch = own.Take<int32_t>(kernels.scratch_size(ffn.down_t));
+    const int64_t at_once = IsLowBit(ffn.down_t.type) ? kSumRows : kDownRows;
+    const int64_t step = num_x == 1 ? std::max<int64_t>(1, neurons.count) : at_once;
     for (int64_t i = 0; i < neurons.count; i += step) {
       const Rows rows{nullptr, neurons.first + i, std::min(step, neurons.count - i)};
       for (int64_t m = 0; m < num_x; ++m) {
-        kernels.accumulate(ffn.down_t, rows, hidden + m * neurons.count + i, sums.Of(slot, m));
+        kernels.accumulate(ffn.down_t, rows, hidden + m * neurons.count + i, sums.Of(slot, m), scratch);
       }
     }
   });
@@ -191,6 +194,7 @@ void DenseFfnFew(const Context& context, const float* x, int64_t num_x, const Ff
   phases.Run(context.pool, Bytes(ffn));
 }
 
+// Of many vectors, and a down_t of floats.
 void DenseFfnBlock(const Context& context, const float* x, int64_t num_x, const Ffn& ffn, const FfnSpec& spec,
                    float* y) {
   const Kernels& kernels = context.kernels;
@@ -198,9 +202,9 @@ void DenseFfnBlock(const Context& context, const float* x, int64_t num_x, const 
   arena.Begin();
   Phases phases;
   const int64_t num_neurons = ffn.gate.rows, width = ffn.down_t.cols;
-  Arranged arranged(context, arena, x, num_x, width);
-  const auto gate_x = arranged.For(ffn.gate.type, phases);
-  const auto up_x = HasUp(spec) ? arranged.For(ffn.up.type, phases) : gate_x;
+  Operands operands(context, arena, x, num_x, width);
+  const auto gate_x = operands.For(ffn.gate.type, phases);
+  const auto up_x = HasUp(spec) ? operands.For(ffn.up.type, phases) : gate_x;
   float* hidden = arena.Take<float>(num_x * num_neurons);
   phases.Add(CeilDiv(num_neurons, kChunkRows), [&](int64_t chunk) {
     Arena& own = Arena::OfChunk();
@@ -210,11 +214,8 @@ void DenseFfnBlock(const Context& context, const float* x, int64_t num_x, const 
     float* up = own.Take<float>(num_x * rows.count);
     Multiply(kernels, ffn.gate, rows, gate_x, num_x, hidden + first, num_neurons);
     if (HasUp(spec)) Multiply(kernels, ffn.up, rows, up_x, num_x, up, rows.count);
-    const float* scale = ffn.down_t.scale ? ffn.down_t.scale + first : nullptr;
     for (int64_t m = 0; m < num_x; ++m) {
-      float* own_hidden = hidden + m * num_neurons + first;
-      Activate(spec, ffn.threshold + first, rows.count, up + m * rows.count, own_hidden);
-      for (int64_t i = 0; i < rows.count && scale; ++i) own_hidden[i] *= scale[i];
+      Activate(spec, ffn.threshold + first, rows.count, up + m * rows.count, hidden + m * num_neurons + first);
     }
   });
   // The same sums as of few vectors: slot by slot, and then the slots in order.
@@ -238,42 +239,30 @@ void DenseFfnBlock(const Context& context, const float* x, int64_t num_x, const 
   phases.Run(context.pool, Bytes(ffn) * CeilDiv(num_x, kFew));
 }
 
-// The predictor's features of every token, as the scores' kernel wants them: whole numbers where b has few bits.
+// The predictor's features of every token, as operands for its scores.
 class Features {
  public:
   Features(const Context& context, Arena& arena, const Predictor& predictor, int64_t num_x)
       : kernels_(context.kernels), predictor_(predictor), num_x_(num_x), rank_(predictor.a.rows) {
     values_ = arena.Take<float>(num_x * rank_);
-    low_bit_ = predictor.b.type == Type::kI8 || predictor.b.type == Type::kI4;
-    size_ = low_bit_ ? kernels_.features_size(predictor.b.type, rank_) : kernels_.arranged_size(predictor.b.type, rank_);
-    arranged_ = arena.Take<float>(low_bit_ ? 0 : num_x * size_);
-    integers_ = arena.Take<int16_t>(low_bit_ ? num_x * size_ : 0);
-    steps_ = arena.Take<float>(num_x);
+    size_ = kernels_.operand_size(predictor.b.type, rank_);
+    operands_ = arena.Take<float>(num_x * size_);
   }
 
-  void AddPhases(Phases& phases, Arranged::View x) {
+  void AddPhases(Phases& phases, Operands::View x) {
     phases.Add(CeilDiv(rank_, kChunkRows), [this, x](int64_t chunk) {
       const int64_t first = chunk * kChunkRows;
       const Rows rows{nullptr, first, std::min(kChunkRows, rank_ - first)};
       kernels_.dots(predictor_.a, rows, x.x, x.stride, num_x_, values_ + first, rank_);
     });
     phases.Add(num_x_, [this](int64_t m) {
-      const float* from = values_ + m * rank_;
-      if (low_bit_) {
-        steps_[m] = kernels_.quantize(predictor_.b.type, from, rank_, integers_ + m * size_);
-      } else {
-        kernels_.arrange(predictor_.b.type, from, rank_, 1.0f, arranged_ + m * size_);
-      }
+      kernels_.operand(predictor_.b.type, values_ + m * rank_, rank_, 1.0f, operands_ + m * size_);
     });
   }
 
   // The list of those neurons whose score is positive; returns how many.
   int64_t Predicted(int64_t m, Rows neurons, float* scores, int32_t* list) const {
-    if (low_bit_) {
-      kernels_.scores(predictor_.b, neurons, integers_ + m * size_, steps_[m], scores);
-    } else {
-      kernels_.dots(predictor_.b, neurons, arranged_ + m * size_, size_, 1, scores, neurons.count);
-    }
+    kernels_.dots(predictor_.b, neurons, operands_ + m * size_, size_, 1, scores, neurons.count);
     int64_t count = 0;
     for (int64_t i = 0; i < neurons.count; ++i) {
       list[count] = static_cast<int32_t>(neurons.first + i);
@@ -286,12 +275,9 @@ class Features {
   const Kernels& kernels_;
   const Predictor& predictor_;
   const int64_t num_x_, rank_;
-  bool low_bit_;
   int64_t size_;
   float* values_;
-  float* arranged_;
-  int16_t* integers_;
-  float* steps_;
+  float* operands_;
 };
 
 // Keeps the neurons with a nonzero value, in order; returns how many.
@@ -311,11 +297,11 @@ void SparseFfnFew(const Context& context, const float* x, int64_t num_x, const F
   Arena& arena = Arena::OfCall();
   arena.Begin();
   Phases phases;
-  Arranged arranged(context, arena, x, num_x, ffn.gate.cols);
-  const auto gate_x = arranged.For(ffn.gate.type, phases);
-  const auto up_x = HasUp(spec) ? arranged.For(ffn.up.type, phases) : gate_x;
+  Operands operands(context, arena, x, num_x, ffn.gate.cols);
+  const auto gate_x = operands.For(ffn.gate.type, phases);
+  const auto up_x = HasUp(spec) ? operands.For(ffn.up.type, phases) : gate_x;
   Features features(context, arena, predictor, num_x);
-  features.AddPhases(phases, arranged.For(predictor.a.type, phases));
+  features.AddPhases(phases, operands.For(predictor.a.type, phases));
   SlotSums sums(context, arena, ffn.down_t, num_x);
   int32_t* slot_counts = arena.Take<int32_t>(kSlots * num_x * 2);
   const int64_t group_size = ffn.gate.rows / route.groups;
@@ -327,6 +313,7 @@ void SparseFfnFew(const Context& context, const float* x, int64_t num_x, const F
     int32_t* list = own.Take<int32_t>(neurons.count);
     float* hidden = own.Take<float>(neurons.count);
     float* up = own.Take<float>(neurons.count);
+    int32_t* scratch = own.Take<int32_t>(kernels.scratch_size(ffn.down_t));
     for (int64_t m = 0; m < num_x; ++m) {
       const float* factors = route.factors + m * route.groups;
       int64_t predicted = 0;
@@ -346,7 +333,7 @@ void SparseFfnFew(const Context& context, const float* x, int64_t num_x, const F
         for (int64_t i = 0; i < active; ++i) hidden[i] *= Psi(spec, up[i]);
         active = Compact(active, list, hidden);
       }
-      kernels.accumulate(ffn.down_t, {list, 0, active}, hidden, sums.Of(slot, m));
+      kernels.accumulate(ffn.down_t, {list, 0, active}, hidden, sums.Of(slot, m), scratch);
       int32_t* count = slot_counts + (slot * num_x + m) * 2;
       count[0] = static_cast<int32_t>(predicted);
       count[1] = static_cast<int32_t>(active);
@@ -372,7 +359,7 @@ void TakeRows(const Context& context, const Matrix& w, const int32_t* indices, i
       return;
     }
     Arena::OfChunk().Begin();
-    float* arranged = Arena::OfChunk().Take<float>(context.kernels.arranged_size(w.type, w.cols));
+    float* arranged = Arena::OfChunk().Take<float>(context.kernels.sum_size(w.type, w.cols));
     context.kernels.widen(w, indices[i], arranged);
     context.kernels.restore(w.type, arranged, w.cols, to);
   });
@@ -402,7 +389,12 @@ void Linear(const Context& context, const float* x, int64_t num_x, const std::ve
 
 void DenseFfn(const Context& context, const float* x, int64_t num_x, const Ffn& ffn, const FfnSpec& spec, float* y) {
   const int64_t width = ffn.gate.cols;
-  if (num_x <= kFew) return DenseFfnFew(context, x, num_x, ffn, spec, y);
+  if (num_x <= kFew || IsLowBit(ffn.down_t.type)) {
+    for (int64_t m = 0; m < num_x; m += kFewLowBit) {
+      DenseFfnFew(context, x + m * width, std::min(kFewLowBit, num_x - m), ffn, spec, y + m * width);
+    }
+    return;
+  }
   for (int64_t m = 0; m < num_x; m += kManyVectors) {
     DenseFfnBlock(context, x + m * width, std::min(kManyVectors, num_x - m), ffn, spec, y + m * width);
   }

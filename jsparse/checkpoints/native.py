@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.arrays import Matrix, Rows, cast, restore_rows
+from jsparse.arrays import Matrix, Rows, restore_rows
 from jsparse.checkpoints.first_format import path_of
 from jsparse.directories import plain_path, read_path, replacing_directory
 from jsparse.errors import JsparseError
@@ -26,6 +26,7 @@ from jsparse.model.config import ModelConfig
 from jsparse.model.parameters import by_path, check_leaves, check_params, check_predictors, make_weights, parameters
 from jsparse.model.weights import Params, Predictor
 from jsparse.options import check_flag
+from jsparse.rounding import cast
 from jsparse.settings import with_own_settings
 from jsparse.text.files import load_tokenizer
 
@@ -162,13 +163,14 @@ def _checksum(manifest: dict) -> str:
 
 
 def _flatten(leaves: dict[str, Matrix]) -> dict[str, tuple[jax.Array, dict]]:
-    """Name -> (array, how it is stored); a quantised matrix is two arrays."""
+    """Name -> (array, how it is stored); a quantised matrix is two arrays, its values and their scales or codebook."""
     flat = {}
     for name, leaf in leaves.items():
         if isinstance(leaf, Rows):
             storage = {"bits": leaf.storage.bits, "columns": leaf.columns, "group": leaf.storage.group}
             flat[f"{name}/values"] = (leaf.values, {**_describe(leaf.values), **storage})
-            flat[f"{name}/scale"] = (leaf.scale, _describe(leaf.scale))
+            parts = {"scale": leaf.scale, "codebook": leaf.codebook}
+            flat |= {f"{name}/{part}": (array, _describe(array)) for part, array in parts.items() if array is not None}
         else:
             flat[name] = (leaf, _describe(leaf))
     return flat
@@ -190,10 +192,9 @@ def _load_tree(directory: Path, storage: dict[str, dict]) -> dict[str, Matrix]:
     for name, array in arrays.items():
         whole, _, part = name.rpartition("/")
         if part == "values":
-            kept = storage[name]
-            scale, group = arrays[f"{whole}/scale"], kept.get("group")
-            leaves[whole] = restore_rows(array, scale, kept["bits"], kept["columns"], group)
-        elif part != "scale" or f"{whole}/values" not in arrays:
+            kept, scale, codebook = storage[name], arrays.get(f"{whole}/scale"), arrays.get(f"{whole}/codebook")
+            leaves[whole] = restore_rows(array, scale, kept["bits"], kept["columns"], codebook)
+        elif part not in ("scale", "codebook") or f"{whole}/values" not in arrays:
             leaves[name] = array
     return leaves
 

@@ -14,11 +14,13 @@ from jsparse.model.weights import FFNWeights, Linear, Predictor
 from jsparse.typing import Array, Float, Int
 
 Operand = Array | tuple[Array, Array]
-"""A matrix as an array, or as low-bit values and their scales."""
+"""A matrix as an array, or as low-bit values and their scales or, where these lie in the rows, their codebook."""
 
 
 def operand(matrix: Matrix) -> Operand:
-    return (matrix.values, matrix.scale) if isinstance(matrix, Rows) else matrix
+    if not isinstance(matrix, Rows):
+        return matrix
+    return matrix.values, matrix.scale if matrix.codebook is None else matrix.codebook
 
 
 def operands(ffn: FFNWeights) -> list[Operand | None]:

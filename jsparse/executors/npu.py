@@ -80,7 +80,7 @@ class Npu(Executor):
         import cann_bridge
 
         with _as_user_error():
-            return Placed(cann_bridge.place_ffn(*operands(ffn), self._device))
+            return Placed(cann_bridge.place_ffn(*operands(ffn), self._device, ffn.gate.shape[1]))
 
     def place_predictor(self, predictor: Predictor) -> Placed:
         """A predictor on the device."""

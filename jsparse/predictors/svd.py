@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 import numpy as np
 
-from jsparse.arrays import Matrix, Storage, dequantize, quantize_rows
+from jsparse.arrays import Matrix, Storage, dequantize
 from jsparse.errors import JsparseError
+from jsparse.rounding import quantize_rows
 from jsparse.typing import Array, Float
 
 BITS = (16, 8, 4)

@@ -86,6 +86,7 @@ class Threads {
 struct Stored {
   std::unique_ptr<uint8_t[]> data;
   std::unique_ptr<float[]> scale;
+  std::unique_ptr<int8_t[]> codebook;
   Matrix view;
   std::vector<double> values;
 
@@ -103,20 +104,40 @@ class Random {
     return x;
   }
 
+  // Vectors that rounding to 16 bits leaves as they are.
+  std::vector<float> Steps(int64_t num_x, int64_t n) {
+    std::vector<float> x(num_x * n);
+    for (float& value : x) value = Whole(-32767, 32767) / 16384.0f;
+    for (int64_t m = 0; m < num_x; ++m) x[m * n + Whole(0, n - 1)] = -32767 / 16384.0f;
+    return x;
+  }
+
   Stored Make(Type type, int64_t rows, int64_t cols) {
     Stored s;
-    const int64_t stride = RowBytes(type, cols);
+    const int64_t stride = RowStride(type, cols);
     s.data.reset(new uint8_t[rows * stride]());
-    const bool low_bit = type == Type::kI8 || type == Type::kI4;
-    if (low_bit) s.scale.reset(new float[rows]);
+    const bool row_scales = type == Type::kI8 || type == Type::kI4;
+    if (row_scales) s.scale.reset(new float[rows]);
+    if (type == Type::kI4x32) {
+      s.codebook.reset(new int8_t[16]);
+      for (int q = 0; q < 16; ++q) s.codebook[q] = static_cast<int8_t>(-127 + 17 * q - Whole(0, 1));
+      s.codebook[0] = -128;
+    }
     s.values.resize(rows * cols);
     for (int64_t i = 0; i < rows; ++i) {
-      if (low_bit) s.scale[i] = 0.1f + 0.01f * Whole(0, 9);
+      if (row_scales) s.scale[i] = 0.1f + 0.01f * Whole(0, 9);
       uint8_t* row = s.data.get() + i * stride;
-      for (int64_t j = 0; j < cols; ++j) s.values[i * cols + j] = Put(type, row, j) * (low_bit ? s.scale[i] : 1.0);
-      if (type == Type::kI4 && cols % 2) row[cols / 2] |= Whole(0, 15) << 4;  // what pads an odd row is nobody's
+      for (int64_t j = 0; j < cols; ++j) s.values[i * cols + j] = Put(type, row, j) * (row_scales ? s.scale[i] : 1.0);
+      if (Bits(type) == 4 && cols % 2) row[cols / 2] |= Whole(0, 15) << 4;  // what pads an odd row is nobody's
+      for (int64_t group = 0; group < stride - RowBytes(type, cols); group += 2) {
+        // Of either sign, subnormal now and then.
+        const double scale = PutHalf(row + RowBytes(type, cols) + group, Whole(0, 5) ? Whole(5, 9) : 0);
+        for (int64_t j = group * 16; j < std::min(cols, group * 16 + 32); ++j) {
+          s.values[i * cols + j] = s.codebook[static_cast<int>(s.values[i * cols + j]) + 8] * scale;
+        }
+      }
     }
-    s.view = {type, s.data.get(), s.scale.get(), rows, cols, stride, 0};
+    s.view = {type, s.data.get(), s.scale.get(), rows, cols, stride, 0, s.codebook.get()};
     return s;
   }
 
@@ -137,27 +158,29 @@ class Random {
         std::memcpy(&rounded, &bits, 4);
         return rounded;
       }
-      case Type::kF16: {
-        // Sign, exponent and mantissa drawn, subnormals now and then.
-        const int sign = Whole(0, 1), exponent = Whole(0, 9) ? Whole(11, 16) : 0, mantissa = Whole(0, 1023);
-        const uint16_t half = static_cast<uint16_t>(sign << 15 | exponent << 10 | mantissa);
-        std::memcpy(row + 2 * j, &half, 2);
-        const double magnitude =
-            exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
-        return sign ? -magnitude : magnitude;
-      }
+      case Type::kF16: return PutHalf(row + 2 * j, Whole(0, 9) ? Whole(11, 16) : 0);
       case Type::kI8: {
         const int q = Whole(-127, 127);
         row[j] = static_cast<uint8_t>(static_cast<int8_t>(q));
         return q;
       }
-      case Type::kI4: {
-        const int q = Whole(-7, 7);
+      case Type::kI4:
+      case Type::kI4x32: {
+        const int q = Whole(type == Type::kI4 ? -7 : -8, 7);
         row[j / 2] |= static_cast<uint8_t>((q + 8) << (j % 2 ? 4 : 0));
         return q;
       }
     }
     return 0;
+  }
+
+  // A float16 of that exponent, 0 for a subnormal one.
+  double PutHalf(uint8_t* to, int exponent) {
+    const int sign = Whole(0, 1), mantissa = Whole(0, 1023);
+    const uint16_t half = static_cast<uint16_t>(sign << 15 | exponent << 10 | mantissa);
+    std::memcpy(to, &half, 2);
+    const double magnitude = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+    return sign ? -magnitude : magnitude;
   }
 
   std::mt19937 engine_{7};
@@ -193,8 +216,11 @@ struct Case {
   Context context() const { return {kernels, threads.pool}; }
 };
 
-const Type kTypes[] = {Type::kF32, Type::kBF16, Type::kF16, Type::kI8, Type::kI4};
-const char* const kTypeNames[] = {"f32", "bf16", "f16", "i8", "i4"};
+const Type kTypes[] = {Type::kF32, Type::kBF16, Type::kF16, Type::kI8, Type::kI4, Type::kI4x32};
+const char* const kTypeNames[] = {"f32", "bf16", "f16", "i8", "i4", "i4x32"};
+
+// Of an FFN: a down_t of low bits meets hidden values rounded to 16 bits.
+double Tolerance(Type type) { return IsLowBit(type) ? 3e-4 : 1e-5; }
 
 void TestTakeRows(const Case& c) {
   for (Type type : kTypes) {
@@ -248,7 +274,7 @@ void TestLinear(const Case& c) {
     for (int64_t cols : {1, 31, 128, 517}) {
       for (int64_t num_x : {1, 2, 3, 5, 6, 8, 9, 37}) {
         const Stored first = c.random.Make(type, 103, cols), second = c.random.Make(type, 5, cols);
-        const std::vector<float> x = c.random.Vector(num_x * cols);
+        const std::vector<float> x = IsLowBit(type) ? c.random.Steps(num_x, cols) : c.random.Vector(num_x * cols);
         std::vector<float> a(num_x * 103), b(num_x * 5);
         Linear(c.context(), x.data(), num_x, {first.view, second.view}, {a.data(), b.data()});
         for (int64_t m = 0; m < num_x; ++m) {
@@ -288,7 +314,8 @@ struct FfnCase {
   FfnCase(Random& random, Type type, Type predictor, int64_t width, int64_t neurons, int64_t rank, int64_t num_x)
       : gate(random.Make(type, neurons, width)), up(random.Make(type, neurons, width)),
         down_t(random.Make(type, neurons, width)), a(random.Make(predictor, rank, width)),
-        b(random.Make(predictor, neurons, rank)), x(random.Vector(num_x * width)), bias(neurons, 0.0f),
+        b(random.Make(predictor, neurons, rank)),
+        x(IsLowBit(type) ? random.Steps(num_x, width) : random.Vector(num_x * width)), bias(neurons, 0.0f),
         threshold(neurons, 0.0f), num_x(num_x) {}
 
   Ffn ffn(const FfnSpec& spec) const {
@@ -362,7 +389,7 @@ void TestFfn(const Case& c) {
           DenseFfn(c.context(), f.x.data(), num_x, f.ffn(spec), spec, y.data());
           for (int64_t m = 0; m < num_x; ++m) {
             ExpectClose({y.begin() + m * shape.width, y.begin() + (m + 1) * shape.width},
-                        f.Oracle(products[m], spec, false, wanted_counts), 1e-5, what + ", dense");
+                        f.Oracle(products[m], spec, false, wanted_counts), Tolerance(type), what + ", dense");
           }
           if (kind.activation == Activation::kSilu) continue;
           for (float bias : {-INFINITY, 0.0f, INFINITY}) {
@@ -380,7 +407,7 @@ void TestFfn(const Case& c) {
               SparseFfn(c.context(), f.x.data(), num_x, f.ffn(spec), f.predictor(), spec, kAll, y.data(), counts.data());
               for (int64_t m = 0; m < num_x; ++m) {
                 ExpectClose({y.begin() + m * shape.width, y.begin() + (m + 1) * shape.width},
-                            f.Oracle(products[m], spec, true, wanted_counts), 1e-5, what + ", sparse");
+                            f.Oracle(products[m], spec, true, wanted_counts), Tolerance(type), what + ", sparse");
                 Expect(counts[2 * m] == wanted_counts[0] && counts[2 * m + 1] == wanted_counts[1], what + ", counts");
               }
             }
@@ -450,6 +477,26 @@ void TestCompany(const Case& c) {
         SparseFfn(c.context(), x, 1, f.ffn(spec), f.predictor(), spec, kAll, alone.data(), counts.data());
         same(sparse.data() + m * 517, alone.data(), 517, "sparse " + what);
       }
+    }
+  }
+}
+
+// NaN and infinity among a token's elements come out as NaN, of that token alone.
+void TestDamage(const Case& c) {
+  for (Type type : {Type::kI8, Type::kI4, Type::kI4x32}) {
+    for (float damage : {NAN, INFINITY, -INFINITY}) {
+      FfnCase f(c.random, type, Type::kI4, 70, 90, 7, 2);
+      f.bias.assign(90, INFINITY);
+      f.x[69] = damage;
+      const FfnSpec spec{Activation::kSilu, UpActivation::kLinear, false};
+      std::vector<float> linear(2 * 90), dense(2 * 70);
+      Linear(c.context(), f.x.data(), 2, {f.gate.view}, {linear.data()});
+      DenseFfn(c.context(), f.x.data(), 2, f.ffn(spec), spec, dense.data());
+      const auto are_nan = [](const float* from, int64_t n) {
+        return std::count_if(from, from + n, [](float value) { return std::isnan(value); });
+      };
+      Expect(are_nan(linear.data(), 90) == 90 && !are_nan(linear.data() + 90, 90), c.name + ": damage hides in a product");
+      Expect(are_nan(dense.data(), 70) == 70 && !are_nan(dense.data() + 70, 70), c.name + ": damage hides in an FFN");
     }
   }
 }
@@ -648,6 +695,7 @@ int main(int num_arguments, char** arguments) {
     TestFfn(c);
     TestRoute(c);
     TestCompany(c);
+    TestDamage(c);
     TestAttend(c);
     TestThreads(**kernels);
     std::printf("%s: done\n", (*kernels)->name);
