@@ -2,7 +2,9 @@
 
 A matrix argument is an array (rows, columns) of float32, bfloat16 or float16, or low-bit rows `(values, scale)`: values
 (rows, columns) int8, or (rows, ceil(columns / 2)) uint8 with two 4-bit elements per byte (q + 8, the even one in the
-low nibble), and scale (rows, 1) float32. Matrices are (out, in). Activations and sums are float32.
+low nibble), and scale (rows, 1) float32; or `(values, codebook)`: two codes of 0 to 15 per byte of uint8, behind them a
+row's float16 scales of every 32 columns, and codebook (16,) int8, which says what a code is. Matrices are (out, in).
+Activations and sums are float32.
 
 Lowered for another device than a GPU, the kernels are interpreted: slow, and meant for tests.
 """
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import kernels, products
 from pallas_kernels.attention import attend
-from pallas_kernels.kernels import Matrix, values_of
+from pallas_kernels.kernels import Matrix, is_grouped, values_of
 from pallas_kernels.tiles import Tiles, choose
 
 __all__ = ["Matrix", "Tiles", "attend", "dense_ffn", "linear", "sparse_ffn", "take_rows", "unavailable"]
@@ -77,7 +79,7 @@ def dense_ffn(
     hidden = phi(products.linear(x, gate), threshold)
     if up is not None:
         hidden = hidden * psi(products.linear(x, up))
-    return products.transposed(hidden, down_t)
+    return products.transposed(hidden, down_t, x.shape[1])
 
 
 def sparse_ffn(
@@ -100,7 +102,7 @@ def sparse_ffn(
 
     Args:
       x: (B, D), every sequence with its own neurons.
-      gate, up, down_t: (F, D), of floats or int8 rows; up may be None.
+      gate, up, down_t: (F, D), of floats, int8 rows, or 4 bits with a codebook; up may be None.
       threshold: (F,) float32.
       a, b, bias: (R, D), (F, R), (F,); the predictor.
       activation, up_activation: as in `dense_ffn`; silu has no zeros and is refused.
@@ -118,7 +120,7 @@ def sparse_ffn(
     phi, psi = _functions(activation, up_activation)
     _check(x, gate, up, down_t, threshold, a, b, bias, activation, route)
     if tiles is None:
-        tiles = choose(*values_of(gate).shape, str(values_of(gate).dtype))
+        tiles = choose(bias.shape[0], x.shape[1], str(values_of(gate).dtype))
     x = x.astype(jnp.float32)
     survivors, hidden, counts = kernels.predict_gate_up(
         x,
@@ -134,7 +136,7 @@ def sparse_ffn(
         parallel=parallel,
         tiles=tiles,
     )
-    partial, totals = kernels.down(survivors, hidden, counts, down_t, tiles=tiles)
+    partial, totals = kernels.down(survivors, hidden, counts, down_t, x.shape[1], tiles=tiles)
     return jnp.sum(partial, axis=1), totals
 
 
@@ -168,15 +170,24 @@ def _check(x, gate, up, down_t, threshold, a, b, bias, activation: str, route) -
         del wanted["up"]
     for name, (matrix, (rows, columns)) in wanted.items():
         values, dtype = values_of(matrix), values_of(matrix).dtype
-        stored = (rows, -(-columns // 2) if dtype == jnp.uint8 else columns)
+        grouped = is_grouped(matrix)
+        stored = (rows, -(-columns // 2) + 2 * grouped * -(-columns // 32) if dtype == jnp.uint8 else columns)
         if values.shape != stored:
             problems.append(f"{name} has shape {values.shape}, which is not that of ({rows}, {columns})")
         if not isinstance(matrix, tuple) and dtype not in _FLOATS:
             problems.append(f"{name} is {dtype} without scales")
+        if grouped:
+            if dtype != jnp.uint8 or matrix[1].shape != (16,) or name in ("a", "b"):
+                problems.append(
+                    f"{name} is {dtype} with a codebook of {matrix[1].shape}; weights of uint8 take one of (16,)"
+                )
+            continue
         if isinstance(matrix, tuple) and (dtype not in (jnp.int8, jnp.uint8) or matrix[1].shape != (rows, 1)):
             problems.append(f"{name} is {dtype} with scales {matrix[1].shape}; int8 or uint8 with ({rows}, 1) is known")
         if dtype == jnp.uint8 and name in ("gate", "up", "down_t"):
-            problems.append(f"{name} has 4 bits; the kernels read weights of 8 or more")
+            problems.append(
+                f"{name} has 4 bits and one scale per row; the kernels read weights with one per 32 columns"
+            )
         if values.size >= 2**31:
             problems.append(f"{name} has {values.size} elements; the kernels count to 2^31")
     if problems:

@@ -5,7 +5,8 @@ predicts, some rows at a time, computes the gate and, where that survives, up; w
 `down` adds up the down rows of the survivors of some blocks, for some columns; the sum over its programs is left to
 XLA. No kernel waits for another's programs and none uses atomics: the order of every sum is fixed.
 
-A matrix is an array, or `(values, scale)` with a scale per row: values int8, or uint8 with two 4-bit numbers a byte.
+A matrix is an array, or `(values, scale)` with a scale per row: values int8, or uint8 with two 4-bit numbers a byte; or
+`(values, codebook)`: 4-bit codes of the int8 codebook (16,), and behind a row's codes a float16 scale per 32 columns.
 """
 
 import functools
@@ -29,6 +30,11 @@ def nibbles(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The even and the odd columns of a matrix with two 4-bit numbers a byte."""
     packed = packed.astype(jnp.int32)
     return (packed & 15) - 8, (packed >> 4) - 8
+
+
+def is_grouped(matrix) -> bool:
+    """Whether a matrix, or its refs, has scales in its rows and a codebook."""
+    return isinstance(matrix, tuple | list) and len(matrix) == 2 and matrix[1].dtype == jnp.int8
 
 
 def predict_gate_up(
@@ -151,11 +157,30 @@ def _scores(b: list, features_ref, token: jax.Array, neurons: jax.Array, exists:
 
 def _dot(x_ref, token: jax.Array, columns: int, matrix: list, rows: jax.Array, wanted: jax.Array) -> jax.Array:
     """Some rows of a matrix times the token's x, so many columns at a time; only wanted rows are read."""
-    sums = 0.0
+    sums, width = 0.0, x_ref.shape[1]
+    if is_grouped(matrix):
+        packed = -(-width // 2)
+        for cols, inside in _chunks(packed, min(columns, _power_of_two(packed))):
+            mask = _all(wanted[:, None], inside)
+            for i, part in enumerate(_grouped(matrix, rows[:, None], cols[None], mask, packed)):
+                of = 2 * cols + i
+                sums += (
+                    part * load(x_ref, token, of, mask=None if inside is None and width % 2 == 0 else of < width)[None]
+                )
+        return jnp.sum(sums, axis=1)
     for cols, inside in _chunks(x_ref.shape[1], columns):
         weights = load(matrix[0], rows[:, None], cols[None], mask=_all(wanted[:, None], inside))
         sums += weights.astype(jnp.float32) * load(x_ref, token, cols, mask=inside)[None]
     return _scaled(jnp.sum(sums, axis=1), matrix, rows, wanted)
+
+
+def _grouped(matrix: list, rows: jax.Array, cols: jax.Array, mask: jax.Array, packed: int) -> list[jax.Array]:
+    """The even and the odd columns in float32 of some bytes of a matrix whose rows have so many bytes of codes."""
+    values, codebook = matrix
+    codes = load(values, rows, cols, mask=mask).astype(jnp.int32)
+    low, high = (load(values, rows, packed + cols // 16 * 2 + i, mask=mask).astype(jnp.uint16) for i in range(2))
+    scale = jax.lax.bitcast_convert_type(low | high << 8, jnp.float16).astype(jnp.float32)
+    return [load(codebook, code).astype(jnp.float32) * scale for code in (codes & 15, codes >> 4)]
 
 
 def _survivors_first(survives: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -167,22 +192,25 @@ def _survivors_first(survives: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def down(
-    survivors: jax.Array, hidden: jax.Array, counts: jax.Array, down_t: Matrix, *, tiles: Tiles
+    survivors: jax.Array, hidden: jax.Array, counts: jax.Array, down_t: Matrix, width: int, *, tiles: Tiles
 ) -> tuple[jax.Array, jax.Array]:
     """What is left of the FFN.
 
     Args:
       survivors, hidden, counts: as `predict_gate_up` returns them.
       down_t: (F, D).
+      width: D.
 
     Returns:
       partial sums (B, programs, D) float32 of hidden times the down rows of the survivors;
       totals (B, 2) int32 of the counts, which would take XLA a kernel of its own.
     """
     batch, blocks, _ = survivors.shape
-    width = values_of(down_t).shape[1]
-    columns = min(tiles.down_columns, _power_of_two(width))
-    if (divisor := width & -width) >= _FEWEST_COLUMNS:
+    # The columns that a program's are counted in: bytes of two, where the rows are packed.
+    in_each = 2 if is_grouped(down_t) else 1
+    counted = -(-width // in_each)
+    columns = min(tiles.down_columns, _power_of_two(counted))
+    if (divisor := counted & -counted) >= _FEWEST_COLUMNS:
         columns = min(columns, divisor)
     programs = -(-blocks // tiles.groups)
 
@@ -192,7 +220,7 @@ def down(
         lanes = jnp.arange(tiles.groups * tiles.slots)
         group = program * tiles.groups + lanes // tiles.slots
         cols = program_id(1) * columns + jnp.arange(columns)
-        inside = None if width % columns == 0 else cols < width
+        inside = None if counted % columns == 0 else cols < counted
         num_survivors = load(counts_ref, token, group, 1, mask=group < blocks)
 
         def step(i, sums):
@@ -200,11 +228,15 @@ def down(
             wanted = slots < num_survivors
             rows = load(survivors_ref, token, group, slots, mask=wanted)
             weight = _scaled(load(hidden_ref, token, group, slots, mask=wanted), down_refs, rows, wanted)
-            values = load(down_refs[0], rows[:, None], cols[None], mask=_all(wanted[:, None], inside))
-            return sums + weight[:, None] * values.astype(jnp.float32)
+            mask = _all(wanted[:, None], inside)
+            if in_each == 2:
+                values = _grouped(down_refs, rows[:, None], cols[None], mask, counted)
+            else:
+                values = [load(down_refs[0], rows[:, None], cols[None], mask=mask).astype(jnp.float32)]
+            return [total + weight[:, None] * part for total, part in zip(sums, values)]
 
         steps = (jnp.max(num_survivors) + tiles.slots - 1) // tiles.slots
-        sums = jax.lax.fori_loop(0, steps, step, jnp.zeros((lanes.size, columns), jnp.float32))
+        sums = jax.lax.fori_loop(0, steps, step, [jnp.zeros((lanes.size, columns), jnp.float32)] * in_each)
 
         @when((program == 0) & (program_id(1) == 0))
         def _():
@@ -213,9 +245,10 @@ def down(
                 totals_ref[token, kind] = jnp.sum(load(counts_ref, token, every, kind, mask=every < blocks))
 
         # The columns past the end, of which there are some where columns do not divide the width, are cut off below.
-        store(partial_ref, jnp.sum(sums, axis=0), token, program, cols)
+        for i, total in enumerate(sums):
+            store(partial_ref, jnp.sum(total, axis=0), token, program, in_each * cols + i)
 
-    padded = -(-width // columns) * columns
+    padded = -(-counted // columns) * columns
     partial, totals = call(
         body,
         survivors,
@@ -224,14 +257,14 @@ def down(
         *_arrays(down_t),
         name="down",
         grid=(programs, padded // columns, batch),
-        out_shape=[Shape((batch, programs, padded), jnp.float32), Shape((batch, 2), jnp.int32)],
+        out_shape=[Shape((batch, programs, in_each * padded), jnp.float32), Shape((batch, 2), jnp.int32)],
         warps=tiles.down_warps,
     )
     return partial[:, :, :width], totals
 
 
 def values_of(matrix: Matrix) -> jax.Array:
-    """Without the scales."""
+    """Without the scales or the codebook."""
     return _arrays(matrix)[0]
 
 
@@ -240,12 +273,12 @@ def _arrays(matrix: Matrix) -> tuple[jax.Array, ...]:
 
 
 def _take(matrix: Matrix, refs: Iterator) -> list:
-    """The refs of a matrix: values, and where it has one the scale."""
+    """The refs of a matrix: values, and where it has one the scale or the codebook."""
     return [next(refs) for _ in _arrays(matrix)]
 
 
 def _scaled(sums: jax.Array, matrix: list, rows: jax.Array, wanted: jax.Array) -> jax.Array:
-    return sums if len(matrix) == 1 else sums * load(matrix[1], rows, 0, mask=wanted)
+    return sums if len(matrix) == 1 or is_grouped(matrix) else sums * load(matrix[1], rows, 0, mask=wanted)
 
 
 def _chunks(width: int, size: int) -> Iterator[tuple[jax.Array, jax.Array | None]]:

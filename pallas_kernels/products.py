@@ -1,9 +1,10 @@
-"""Dense products by XLA: float32 activations times weights that are never widened in memory."""
+"""Dense products by XLA: float32 activations times weights that are never widened in memory, but for those with a
+codebook where there are several tokens."""
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kernels import Matrix, nibbles
+from pallas_kernels.kernels import Matrix, is_grouped, nibbles
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -14,6 +15,8 @@ def linear(x: jax.Array, weight: Matrix) -> jax.Array:
     One token is one fused pass over the weights in float32. More tokens go to the matrix units, which take 16-bit
     operands: x is the sum of a few 16-bit parts, so that the product is a float32 one all the same.
     """
+    if is_grouped(weight):
+        weight = widened(weight, x.shape[1])
     values, scale = weight if isinstance(weight, tuple) else (weight, None)
     if x.shape[0] == 1:
         return _one_token(x, values, scale)
@@ -23,6 +26,8 @@ def linear(x: jax.Array, weight: Matrix) -> jax.Array:
 
 def take_rows(matrix: Matrix, indices: jax.Array, columns: int) -> jax.Array:
     """Rows of a matrix (rows, columns) in float32; an index past the end gives zeros."""
+    if is_grouped(matrix):
+        return widened((matrix[0].at[indices].get(mode="fill", fill_value=0), matrix[1]), columns)
     values, scale = (
         None if part is None else part.at[indices].get(mode="fill", fill_value=0)
         for part in (matrix if isinstance(matrix, tuple) else (matrix, None))
@@ -33,8 +38,20 @@ def take_rows(matrix: Matrix, indices: jax.Array, columns: int) -> jax.Array:
     return values if scale is None else values * scale
 
 
-def transposed(h: jax.Array, weight: Matrix) -> jax.Array:
-    """h (B, F) times weight (F, D), (B, D) float32."""
+def widened(matrix: tuple[jax.Array, jax.Array], columns: int) -> jax.Array:
+    """A matrix with a codebook in float32."""
+    values, codebook = matrix
+    packed = -(-columns // 2)
+    codes = jnp.stack([values[:, :packed] & 15, values[:, :packed] >> 4], axis=-1).reshape(values.shape[0], -1)
+    pairs = values[:, packed:].reshape(values.shape[0], -1, 2)
+    scale = jax.lax.bitcast_convert_type(pairs, jnp.float16).astype(jnp.float32)
+    return codebook.astype(jnp.float32)[codes[:, :columns]] * jnp.repeat(scale, 32, axis=1)[:, :columns]
+
+
+def transposed(h: jax.Array, weight: Matrix, columns: int) -> jax.Array:
+    """h (B, F) times weight (F, columns), (B, columns) float32."""
+    if is_grouped(weight):
+        weight = widened(weight, columns)
     values, scale = weight if isinstance(weight, tuple) else (weight, None)
     h = h if scale is None else h * scale[:, 0]
     if values.dtype == jnp.uint8:

@@ -77,15 +77,19 @@ CASES = {
     "llama_published": (11008, 4096, 256, 1, "float16", 16, "fatrelu", False),
     "llama_ours": (11008, 4096, 1024, 1, "float16", 4, "fatrelu", False),
     "llama_int8": (11008, 4096, 1024, 1, "int8", 4, "fatrelu", False),
+    "llama_int4": (11008, 4096, 1024, 1, "int4:32", 4, "fatrelu", False),
     "mistral_ours": (14336, 4096, 1024, 1, "bfloat16", 4, "drelu", False),
     "qwen2_ours": (18944, 3584, 896, 1, "bfloat16", 4, "drelu", False),
     "qwen2_batch": (18944, 3584, 448, 8, "bfloat16", 8, "reglu", True),
     "minicpm_float32": (5760, 2304, 576, 2, "float32", 4, "fatrelu", True),
     "odd": (301, 97, 1, 3, "int8", 8, "reglu", False),
+    "odd_int4": (301, 97, 1, 3, "int4:32", 8, "reglu", False),
 }
 
 
 def matrix(rows: int, columns: int, dtype: str, struct):
+    if dtype == "int4:32":
+        return struct(rows, Storage.parse(dtype).row_bytes(columns), dtype="uint8"), struct(16, dtype="int8")
     if dtype == "int4":
         return struct(rows, -(-columns // 2), dtype="uint8"), struct(rows, 1, dtype="float32")
     if dtype == "int8":

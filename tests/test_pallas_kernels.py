@@ -95,7 +95,9 @@ def test_a_machine_without_a_gpu_says_what_to_do():
     assert "pip install 'jax[cuda13]' and check that nvidia-smi lists a GPU" in run(["-c", script], JAX_PLATFORMS="")
 
 
-@pytest.mark.parametrize("name", ["llama_ours", "llama_int8", "qwen2_batch", "minicpm_float32", "odd"])
+@pytest.mark.parametrize(
+    "name", ["llama_ours", "llama_int8", "llama_int4", "odd_int4", "qwen2_batch", "minicpm_float32", "odd"]
+)
 def test_kernels_lower_for_cuda_with_no_cuda_wheels(name):
     """The text holds a Triton module per kernel: nothing was interpreted, and no dense product stands in."""
     script = (
