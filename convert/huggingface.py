@@ -43,7 +43,7 @@ def from_huggingface(directory: str | Path, *, ffn: str | None = None, dtype: st
     Args:
       directory: holds config.json, safetensors or PyTorch weights (sharded or not), and perhaps tokenizer files.
       ffn: reglu, drelu, fatrelu or swiglu, where config.json does not tell the truth; None takes what it says.
-      dtype: float32, bfloat16, float16 or int8 (linear matrices quantised by row); None keeps what is stored. Norm
+      dtype: float32, bfloat16, float16, int8 or int4, as `jsparse.load` has them; None keeps what is stored. Norm
         scales and biases are float32 always.
 
     Raises:
@@ -93,7 +93,7 @@ def to_huggingface(params: Params, directory: str | Path) -> None:
 
     transformers loads a `reglu` or `swiglu` model without MiniCPM's scales as the same function. For the others it has
     no class, except that it takes a `drelu` model with biases for `reglu`, as it does SparseQwen2: those directories
-    are for `from_huggingface` alone. Predictors are not written (`export_predictors` does that); int8 matrices are
+    are for `from_huggingface` alone. Predictors are not written (`export_predictors` does that); low-bit matrices are
     written as float32.
 
     Raises:
@@ -104,7 +104,7 @@ def to_huggingface(params: Params, directory: str | Path) -> None:
     config = write_config(params.config, "float32" if _is_quantized(embed) else embed.dtype.name)
     arrays = stored_arrays(params.weights, params.config, family_of(params.config))
     if any(isinstance(leaf, Rows) for leaf in jax.tree.leaves(params.weights, is_leaf=_is_quantized)):
-        logger.warning("int8 matrices are written as float32, which Hugging Face directories have instead.")
+        logger.warning("int8 and int4 matrices are written as float32, which Hugging Face directories have instead.")
     with new_directory(read_path(directory)) as temporary:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         try:

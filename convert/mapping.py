@@ -18,7 +18,7 @@ from convert.tensors import Index, StoredTensor
 from jsparse.arrays import Rows, Storage, aligned_empty, dequantize
 from jsparse.errors import listing
 from jsparse.model.config import ModelConfig
-from jsparse.model.parameters import Role, by_path, make_weights, parameters
+from jsparse.model.parameters import Role, by_path, make_weights, parameters, weight_storage
 from jsparse.model.weights import Weights
 from jsparse.rounding import quantize_by_blocks
 
@@ -68,8 +68,8 @@ def read_weights(stored: dict[str, StoredTensor], config: ModelConfig, family: F
       stored: the checkpoint's tensors by name.
       config: the architecture.
       family: what gives the tensors their names.
-      dtype: one of `DTYPES`, or None for each matrix as it is stored. int8 quantises linear matrices by row and leaves
-        the embedding as stored. Norm scales and biases are always float32.
+      dtype: one of `DTYPES`, or None for each matrix as it is stored; `weight_storage` says what it means. Norm
+        scales and biases are always float32.
 
     Raises:
       ConversionError: tensors are missing, unknown, of the wrong shape or not floating point (all listed at once), or
@@ -135,9 +135,10 @@ def _check(stored: dict[str, StoredTensor], table: dict[str, Slot], config: Mode
 def _convert(name: str, tensor: StoredTensor, slot: Slot, dtype: str | None) -> jax.Array | Rows:
     transposed = slot.transposed
     stored = "float32" if tensor.dtype == np.float64 else tensor.dtype.name
-    if dtype == "int8" and slot.role in ("matrix", "head"):
-        return _quantize(name, tensor, transposed)
-    target = "float32" if slot.role in ("norm", "bias") else stored if dtype in (None, "int8") else dtype
+    storage = weight_storage(slot.role, dtype)
+    if storage is not None and storage.is_low_bit:
+        return _quantize(name, tensor, transposed, storage)
+    target = "float32" if slot.role in ("norm", "bias") else stored if storage is None else storage.dtype
     out = aligned_empty(slot.shape[::-1] if transposed else slot.shape, jnp.dtype(target))
     with np.errstate(over="ignore"):
         for rows in _blocks(tensor.shape):
@@ -156,14 +157,14 @@ def _finite(name: str, tensor: StoredTensor, index: Index) -> np.ndarray:
     return part
 
 
-def _quantize(name: str, tensor: StoredTensor, transposed: bool) -> Rows:
+def _quantize(name: str, tensor: StoredTensor, transposed: bool, storage: Storage) -> Rows:
     shape = tensor.shape[::-1] if transposed else tensor.shape
 
     def part(rows: slice) -> np.ndarray:
         stored = _finite(name, tensor, (slice(None), rows)).T if transposed else _finite(name, tensor, rows)
         return stored.astype(np.float32)
 
-    return quantize_by_blocks(shape, _blocks(shape), part, Storage("int8"))
+    return quantize_by_blocks(shape, _blocks(shape), part, storage)
 
 
 def _blocks(shape: tuple[int, ...]) -> list[slice]:

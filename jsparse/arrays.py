@@ -11,8 +11,8 @@ import numpy as np
 from jsparse.errors import JsparseError
 from jsparse.typing import Array, Float, Int, Shaped
 
-DTYPES = ("float32", "bfloat16", "float16", "int8")
-"""What weight matrices may be stored in."""
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+"""What a model may be stored in; `jsparse.model.parameters.weight_storage` says what that is for each."""
 GROUP = 32
 """Columns of a row that share a scale in the storage int4:32."""
 _LOW_BITS = {"int8": 8, "int4": 4}
@@ -106,11 +106,25 @@ def storage_of(matrix: Matrix) -> Storage:
 
 
 def restore_rows(values: Array, scale: Array | None, bits: int, columns: int, codebook: Array | None = None) -> Rows:
-    """Rows from what was saved of them; until format 1 with a scale (rows,) each."""
-    if codebook is not None:
-        return Rows(values, None, Storage("int4", GROUP), columns, codebook)
+    """Rows from what was saved of them; until format 1 with a scale (rows,) each.
+
+    Raises:
+      ValueError: the arrays do not belong together, or a scale is not finite.
+    """
+    if bits not in _LOW_BITS.values() or (scale is None) == (codebook is None) or (codebook is not None and bits != 4):
+        raise ValueError(f"a matrix of {bits} bits with {'no scales' if scale is None else 'scales'} is unknown")
     dtype = next(name for name, size in _LOW_BITS.items() if size == bits)
-    return Rows(values, scale.reshape(len(values), 1), Storage(dtype), columns)
+    storage = Storage(dtype, None if codebook is None else GROUP)
+    rows = Rows(values, None if scale is None else scale.reshape(-1, 1), storage, columns, codebook)
+    wanted = (len(values), storage.row_bytes(columns)), jnp.int8 if bits == 8 else jnp.uint8
+    if (values.shape, values.dtype) != wanted:
+        raise ValueError(f"values of {values.dtype} {values.shape} are not {columns} columns in {storage}")
+    if codebook is not None and (codebook.shape, codebook.dtype) != ((16,), jnp.int8):
+        raise ValueError(f"a codebook of {codebook.dtype} {codebook.shape}; it has 16 numbers of int8")
+    scale = rows.scale if codebook is None else split_groups(values, columns)[1]
+    if len(scale) != len(values) or not jnp.isfinite(scale).all():
+        raise ValueError("a scale is missing, or is NaN or infinite")
+    return rows
 
 
 def dequantize(matrix: Matrix) -> Float[Array, "rows columns"]:

@@ -71,7 +71,9 @@ def quantize_groups(matrix: Float[Array, "rows columns"], codebook: Int[Array, "
     groups = jnp.pad(matrix, ((0, 0), (0, -columns % GROUP))).reshape(len(matrix), -1, GROUP)
     scale, _ = _fit_groups(groups, codebook)
     scale = jnp.clip(scale, -_LARGEST, _LARGEST).astype(jnp.float16)
-    codes = _nearest(groups, scale.astype(jnp.float32), codebook).reshape(len(matrix), -1)[:, :columns]
+    codes = _nearest(groups, scale.astype(jnp.float32), jnp.asarray(codebook, jnp.float32)).reshape(len(matrix), -1)[
+        :, :columns
+    ]
     return Rows(join_groups(codes, scale), None, Storage("int4", GROUP), columns, jnp.asarray(codebook, jnp.int8))
 
 
@@ -80,9 +82,18 @@ quantize_groups_jit = jax.jit(quantize_groups)
 
 def _nearest(groups, scale, codebook):
     """Which element of the codebook is nearest to each element of the groups (..., 32) over their scale (...)."""
-    levels = jnp.asarray(codebook, jnp.float32)
+    return _steps(groups, scale, codebook, jnp.zeros(groups.shape, jnp.uint8), jnp.ones(15, jnp.uint8))
+
+
+def _rounded(groups, scale, codebook):
+    """That element; without a gather, which XLA does not vectorise."""
+    return _steps(groups, scale, codebook, jnp.full(groups.shape, codebook[0]), jnp.diff(codebook))
+
+
+def _steps(groups, scale, codebook, start, steps):
     scaled = groups / jnp.where(scale == 0, 1, scale)[..., None]
-    return sum((scaled > middle).astype(jnp.uint8) for middle in (levels[1:] + levels[:-1]) / 2)
+    middles = (codebook[1:] + codebook[:-1]) / 2
+    return start + sum(jnp.where(scaled > middle, step, 0) for middle, step in zip(middles, steps))
 
 
 def _fit_groups(groups, codebook):
@@ -94,7 +105,7 @@ def _fit_groups(groups, codebook):
 
     def attempt(i, best):
         best_scale, best_gain = best
-        rounded = levels[_nearest(groups, tried[i] * farthest, codebook)]
+        rounded = _rounded(groups, tried[i] * farthest, levels)
         product, square = jnp.sum(groups * rounded, axis=-1), jnp.sum(rounded**2, axis=-1)
         # What the least-squares scale, product / square, takes from the squared error.
         gain = product**2 / jnp.maximum(square, 1)
@@ -103,7 +114,7 @@ def _fit_groups(groups, codebook):
 
     none = jnp.zeros(farthest.shape)
     scale, _ = jax.lax.fori_loop(0, len(tried), attempt, (none, none))
-    return scale, _nearest(groups, scale, codebook)
+    return scale, _nearest(groups, scale, levels)
 
 
 @jax.jit

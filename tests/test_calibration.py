@@ -68,7 +68,7 @@ def ffn_inputs(params: jsparse.Params, rows: np.ndarray) -> list[np.ndarray]:
     return [np.asarray(x)[:, 1:].reshape(-1, params.config.hidden_size) for x in inputs]
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "int8", "int4:32"])
 def test_weights_of_every_storage_are_calibrated(small, storage):
     """To nearly what float32 gives."""
     table, leaves = parameters(small.config), by_path(small.weights)
@@ -76,7 +76,7 @@ def test_weights_of_every_storage_are_calibrated(small, storage):
     def leaf(path, _):
         if table[path].role in ("norm", "bias"):
             return leaves[path]
-        return cast(leaves[path], "bfloat16" if table[path].role == "embed" and storage == "int8" else storage)
+        return cast(leaves[path], "bfloat16" if table[path].role == "embed" and storage.startswith("int") else storage)
 
     _, wanted = fit(small)
     _, found = fit(dataclasses.replace(small, weights=make_weights(small.config, leaf)))

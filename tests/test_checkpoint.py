@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from test_generation import byte_tokenizer
 
 import jsparse
 from convert import from_huggingface
+from jsparse.arrays import DTYPES, restore_rows, storage_of
 from jsparse.model.config import RopeScaling
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +56,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", ["Tiiny/SparseQwen2-7B", "openbmb/MiniCPM-S-1B-sft"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_of_every_dtype(dtype, name, tmp_path):
     params = from_huggingface(checkpoints.row(tmp_path, name), dtype=dtype)
     jsparse.save(params, tmp_path / "saved")
@@ -62,8 +64,8 @@ def test_weights_of_every_dtype(dtype, name, tmp_path):
     assert_identical(loaded, params)
     assert loaded.predictors is None
     assert loaded.tokenizer is None
-    stored = {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.weights)}
-    assert dtype in stored
+    matrices = [loaded.weights.layers[0].ffn.down_t, loaded.weights.layers[1].attention.q.rows]
+    assert {str(storage_of(matrix)) for matrix in matrices} == {"int4:32" if dtype == "int4" else dtype}
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -376,23 +378,63 @@ def test_the_ffn_kind_of_a_jsparse_directory_is_settled(saved):
 
 
 @pytest.mark.parametrize("name", ["Tiiny/SparseQwen2-7B", "openbmb/MiniCPM-S-1B-sft"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_dtype_chosen_at_load_is_that_of_a_conversion(dtype, name, tmp_path):
     source = checkpoints.row(tmp_path, name)
     jsparse.save(from_huggingface(source), tmp_path / "saved")
     assert_identical(jsparse.load(tmp_path / "saved", dtype=dtype), from_huggingface(source, dtype=dtype))
 
 
-def test_int8_rows_load_as_floats_again(small, tmp_path):
+@pytest.mark.parametrize(("dtype", "error"), [("int8", 0.02), ("int4", 0.2)])
+def test_low_bit_rows_load_as_floats_again(dtype, error, small, tmp_path):
     jsparse.save(small, tmp_path / "floats")
-    rounded = jsparse.load(tmp_path / "floats", dtype="int8")
-    jsparse.save(rounded, tmp_path / "int8")
-    assert_identical(jsparse.load(tmp_path / "int8", dtype="int8"), rounded)
-    loaded = jsparse.load(tmp_path / "int8", dtype="bfloat16")
+    rounded = jsparse.load(tmp_path / "floats", dtype=dtype)
+    jsparse.save(rounded, tmp_path / "rounded")
+    assert_identical(jsparse.load(tmp_path / "rounded", dtype=dtype), rounded)
+    loaded = jsparse.load(tmp_path / "rounded", dtype="bfloat16")
     for layer in range(SMALL.num_layers):
         found, wanted = (p.weights.layers[layer].ffn.down_t for p in (loaded, small))
         assert found.dtype == jnp.bfloat16
-        np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=0.02 * np.abs(wanted).max())
+        np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=error * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_scales_that_are_not_finite_are_refused(dtype, small, tmp_path):
+    jsparse.save(small, tmp_path / "floats")
+    rounded = jsparse.load(tmp_path / "floats", dtype=dtype)
+    gate = rounded.weights.layers[1].ffn.gate
+    if dtype == "int8":
+        gate = dataclasses.replace(gate, scale=gate.scale.at[3, 0].set(jnp.nan))
+    else:
+        gate = dataclasses.replace(gate, values=gate.values.at[3, -2:].set(jnp.asarray([0, 0x7E], jnp.uint8)))
+    ffn = dataclasses.replace(rounded.weights.layers[1].ffn, gate=gate)
+    weights = rounded.weights.replace_layer(1, ffn=ffn)
+    jsparse.save(dataclasses.replace(rounded, weights=weights), tmp_path / "saved")
+    wanted = re.escape(str(tmp_path / "saved")) + ".*: layers/1/ffn/gate: a scale is missing, or is NaN or infinite"
+    with pytest.raises(jsparse.JsparseError, match=wanted):
+        jsparse.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"columns": 99}, r"values of uint8 \(4, 36\) are not 99 columns in int4:32"),
+        ({"values": np.zeros((4, 35), np.uint8)}, r"values of uint8 \(4, 35\) are not 64 columns in int4:32"),
+        ({"values": np.zeros((4, 36), np.int8)}, r"values of int8 \(4, 36\) are not 64 columns in int4:32"),
+        ({"codebook": np.zeros(15, np.int8)}, r"a codebook of int8 \(15,\); it has 16 numbers of int8"),
+        ({"codebook": None}, "a matrix of 4 bits with no scales is unknown"),
+        ({"bits": 8}, "a matrix of 8 bits with no scales is unknown"),
+        ({"bits": 3, "scale": np.ones((4, 1)), "codebook": None}, "a matrix of 3 bits with scales is unknown"),
+        ({"scale": np.ones((3, 1)), "codebook": None, "columns": 72}, "a scale is missing"),
+    ],
+)
+def test_parts_that_make_no_low_bit_matrix_are_refused(changes, said):
+    parts = {"values": np.zeros((4, 36), np.uint8), "scale": None, "bits": 4, "columns": 64}
+    parts |= {"codebook": np.zeros(16, np.int8)} | changes
+    with pytest.raises(ValueError, match=said):
+        restore_rows(
+            **{key: jnp.asarray(part) if isinstance(part, np.ndarray) else part for key, part in parts.items()}
+        )
 
 
 def test_a_weight_that_does_not_fit_the_dtype_is_refused(small, tmp_path):

@@ -26,7 +26,7 @@ from jsparse.arrays import Rows, Storage, dequantize
 from jsparse.model.config import ModelConfig, RopeScaling
 from jsparse.model.parameters import by_path
 from jsparse.model.weights import FFNWeights, Params, Predictor
-from jsparse.rounding import quantize_rows
+from jsparse.rounding import cast, quantize_rows
 
 _LLAMA = ModelConfig(
     32, 48, 2, 4, 2, 64, context_length=128, ffn_kind="reglu", norm_eps=1e-5, bos_token_id=1, eos_token_ids=(2,)
@@ -240,6 +240,17 @@ def test_int8_quantises_the_linear_matrices(tmp_path):
     assert params.weights.layers[1].attention.q.bias.dtype == "float32"
 
 
+def test_int4_rounds_matrices_in_groups_and_embedding_and_head_in_rows(tmp_path):
+    directory = checkpoints.row(tmp_path, "Tiiny/SparseQwen2-7B")
+    whole, params = from_huggingface(directory), from_huggingface(directory, dtype="int4")
+    layer, exact = params.weights.layers[1], whole.weights.layers[1]
+    matrices = [layer.ffn.gate, layer.ffn.up, layer.ffn.down_t, *(getattr(layer.attention, n).rows for n in "qkvo")]
+    assert {str(matrix.storage) for matrix in matrices} == {"int4:32"}
+    assert {str(matrix.storage) for matrix in (params.weights.embed, params.weights.head)} == {"int8"}
+    assert_identical(layer.ffn.down_t, cast(exact.ffn.down_t, "int4:32"))
+    assert layer.attention.q.bias.dtype == "float32"
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_round_trip_is_bit_identical(name, tmp_path):
     params = from_huggingface(checkpoints.row(tmp_path, name), dtype="bfloat16")
@@ -270,7 +281,7 @@ def test_lm_head_of_a_tied_model_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("files", ["safetensors", "safetensors-shards"])
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8", pytest.param("int4", marks=pytest.mark.nightly)])
 def test_conversion_holds_less_than_one_tensor_besides_the_weights(files, dtype, tmp_path):
     config = ROWS["SparseLLM/ReluLLaMA-7B"] | {"hidden_size": 1024, "intermediate_size": 8192}
     directory = checkpoints.write(tmp_path / "model", config, checkpoints.random_tensors(config), files)

@@ -426,7 +426,7 @@ def test_paths_of_the_home_directory_in_commands(tmp_path, monkeypatch):
 def test_int8_becomes_float32_with_a_word(tmp_path, capsys):
     directory = written(tmp_path, LLAMA)
     convert_main([str(directory), str(tmp_path / "o"), "--to-huggingface", "--dtype", "int8"])
-    assert "int8 matrices are written as float32" in capsys.readouterr().out
+    assert "int8 and int4 matrices are written as float32" in capsys.readouterr().out
     convert_main([str(directory), str(tmp_path / "p"), "--to-huggingface"])
     assert "int8 matrices" not in capsys.readouterr().out
 

@@ -23,7 +23,15 @@ from jsparse.checkpoints.first_format import path_of
 from jsparse.directories import plain_path, read_path, replacing_directory
 from jsparse.errors import JsparseError
 from jsparse.model.config import ModelConfig
-from jsparse.model.parameters import by_path, check_leaves, check_params, check_predictors, make_weights, parameters
+from jsparse.model.parameters import (
+    by_path,
+    check_leaves,
+    check_params,
+    check_predictors,
+    make_weights,
+    parameters,
+    weight_storage,
+)
 from jsparse.model.weights import Params, Predictor
 from jsparse.options import check_flag
 from jsparse.rounding import cast
@@ -151,9 +159,10 @@ def _predictors(leaves: dict[str, Matrix]) -> tuple[Predictor, ...]:
 def _cast(weights: dict[str, Matrix], config: ModelConfig, dtype: str) -> None:
     """Store every matrix in another dtype, one at a time in place, as the converter would have."""
     for name, entry in parameters(config).items():
-        if entry.role in ("norm", "bias") or (dtype == "int8" and entry.role == "embed"):
+        storage = weight_storage(entry.role, dtype)
+        if storage is None:
             continue
-        weights[name] = cast(weights[name], dtype)
+        weights[name] = cast(weights[name], str(storage))
         if not isinstance(weights[name], Rows) and not jnp.isfinite(weights[name]).all():
             raise JsparseError(f"the weight {name} does not fit in {dtype}; choose bfloat16 or float32")
 
@@ -186,14 +195,21 @@ def digest(array: jax.Array) -> int:
 
 
 def _load_tree(directory: Path, storage: dict[str, dict]) -> dict[str, Matrix]:
-    """What `_flatten` made flat."""
+    """What `_flatten` made flat.
+
+    Raises:
+      JsparseError: an array cannot be read, or is not what a low-bit matrix has.
+    """
     arrays = _load_arrays(directory, storage)
     leaves: dict[str, Matrix] = {}
     for name, array in arrays.items():
         whole, _, part = name.rpartition("/")
         if part == "values":
             kept, scale, codebook = storage[name], arrays.get(f"{whole}/scale"), arrays.get(f"{whole}/codebook")
-            leaves[whole] = restore_rows(array, scale, kept["bits"], kept["columns"], codebook)
+            try:
+                leaves[whole] = restore_rows(array, scale, kept["bits"], kept["columns"], codebook)
+            except ValueError as error:
+                raise JsparseError(f"{directory}: {whole}: {error}") from error
         elif part not in ("scale", "codebook") or f"{whole}/values" not in arrays:
             leaves[name] = array
     return leaves

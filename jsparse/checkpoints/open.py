@@ -19,8 +19,9 @@ def load(directory: str | Path, *, dtype: str | None = None, ffn: str | None = N
     Args:
       directory: "default" for the model in the package, a directory written by `save`, or a Hugging Face checkpoint,
         which is converted in memory.
-      dtype: of the matrices: float32, bfloat16, float16 or int8 (rows with one scale each, the embedding left as it
-        is); as stored if None. Norm scales and biases are always float32.
+      dtype: of the matrices: float32, bfloat16, float16, int8 (rows with one scale each, the embedding left as it is)
+        or int4 (groups of 32 numbers with a scale each, embedding and head in int8); as stored if None. Norm scales
+        and biases are always float32.
       ffn: the FFN kind of a Hugging Face checkpoint that does not say it, one of `jsparse.model.ffn.KINDS`.
 
     Raises:

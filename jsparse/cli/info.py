@@ -24,7 +24,7 @@ def describe_model(params: Params) -> dict[str, str]:
     """What a user wants to know of a model, by name."""
     c = params.config
     stored = by_path(params.weights)
-    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(stored)})
+    dtypes = sorted({str(storage_of(leaf)) for leaf in stored.values()})
     lines = {
         "name": c.name or "-",
         "layers": f"{c.num_layers}",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.arrays import Matrix, Rows
+from jsparse.arrays import GROUP, Matrix, Rows, Storage
 from jsparse.errors import JsparseError, listing
 from jsparse.model.config import ModelConfig
 from jsparse.model.weights import AttentionWeights, FFNWeights, Layer, Linear, Params, Weights
@@ -31,6 +31,18 @@ class Parameter:
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     role: Role
+
+
+def weight_storage(role: Role, dtype: str | None) -> Storage | None:
+    """How an array of that role is stored in a model of that dtype, one of `DTYPES`; None for as it is.
+
+    int8 leaves the embedding as it is. In int4, embedding and head have 8 bits a number.
+    """
+    if dtype is None or role in ("norm", "bias"):
+        return None
+    if dtype == "int4":
+        return Storage("int4", GROUP) if role == "matrix" else Storage("int8")
+    return None if (dtype, role) == ("int8", "embed") else Storage(dtype)
 
 
 def parameters(config: ModelConfig) -> dict[str, Parameter]:
