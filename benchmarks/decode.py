@@ -42,23 +42,25 @@ TOKENS = 8
 RESERVED_GB = 4.0
 """Beside the weights: predictors, the KV caches, weights on their way, the bandwidth probe."""
 OTHERS = ("llama.cpp-bf16", "llama.cpp-q8_0", "transformers-bf16")
-BYTES = {"bfloat16": 2.0, "int8": 1.0, "bf16": 2.0, "q8_0": 34 / 32}
+BYTES = {"bfloat16": 2.0, "int8": 1.0, "int4": 18 / 32, "bf16": 2.0, "q8_0": 34 / 32}
 """Per element."""
 
 
 def weights_of(config: jsparse.ModelConfig, layer: random_models.Layer, dtype: str) -> Weights:
     """Weights of the whole model: every layer the same values in memory of its own."""
     rng = np.random.default_rng(1)
-    made: dict[tuple[int, ...], Matrix] = {}
+    made: dict[tuple, Matrix] = {}
 
     def leaf(path: str, entry: Parameter) -> Matrix:
         if entry.role in ("norm", "bias"):
             return jnp.full(entry.shape, float(entry.role == "norm"), jnp.float32)
-        if "/ffn/" in path:
-            return random_models.store(getattr(layer.ffn, path.rpartition("/")[2]), dtype)
-        if entry.shape not in made:
-            made[entry.shape] = random_models.random_matrix(rng, *entry.shape, entry.shape[1] ** -0.5)
-        return random_models.store(made[entry.shape], dtype)
+        name = path.rpartition("/")[2] if "/ffn/" in path else ""
+        if (key := (name, entry.shape, entry.role)) not in made:
+            drawn = getattr(layer.ffn, name) if name else None
+            if drawn is None:
+                drawn = random_models.random_matrix(rng, *entry.shape, entry.shape[1] ** -0.5)
+            made[key] = random_models.store(drawn, dtype, entry.role)
+        return jax.tree.map(random_models.copy, made[key])
 
     return make_weights(config, leaf)
 
@@ -141,8 +143,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES), help="default: all")
     parser.add_argument("--layers", type=int, default=8, help="of each model, default %(default)s; 0 for all of them")
-    dtypes = ("bfloat16", "int8")
-    parser.add_argument("--dtype", choices=dtypes, nargs="+", default=dtypes, help="weights of jsparse, default: both")
+    dtypes = ("bfloat16", "int8", "int4")
+    parser.add_argument(
+        "--dtype", choices=dtypes, nargs="+", default=dtypes[:2], help="weights of jsparse, default: %(default)s"
+    )
     parser.add_argument(
         "--others", choices=OTHERS, nargs="*", default=OTHERS, help="engines beside jsparse, default: all; alone, none"
     )

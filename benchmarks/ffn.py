@@ -82,6 +82,7 @@ def main() -> None:
         engines = [
             *executor_engines(layer, x, "bfloat16"),
             *executor_engines(layer, x, "int8"),
+            *executor_engines(layer, x, "int4"),
             xla_engine(layer, x),
             torch_engine(layer, x, "bfloat16"),
             torch_engine(layer, x, "float32"),

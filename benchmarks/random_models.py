@@ -14,6 +14,7 @@ import numpy as np
 
 import jsparse
 from jsparse.arrays import Matrix, Rows, Storage, aligned_empty, dequantize
+from jsparse.model.parameters import Role, weight_storage
 from jsparse.model.weights import FFNWeights, Predictor
 from jsparse.rounding import cast
 
@@ -100,10 +101,11 @@ def threshold() -> float:
     return NormalDist().inv_cdf(1 - ACTIVE)
 
 
-def store(matrix: jax.Array, dtype: str) -> Matrix:
-    """The matrix in its own memory, in that dtype."""
-    stored = cast(matrix, dtype)
-    return stored if stored is not matrix else copy(matrix)
+def store(matrix: Matrix, dtype: str, role: Role = "matrix") -> Matrix:
+    """The matrix in its own memory, as a model of that dtype stores one of that role."""
+    storage = weight_storage(role, dtype)
+    stored = matrix if storage is None else cast(matrix, str(storage))
+    return stored if stored is not matrix else jax.tree.map(copy, matrix)
 
 
 def copy(array: jax.Array) -> jax.Array:

@@ -57,7 +57,7 @@ def native_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def instruction_set() -> str:
-    """Which of the compiled kernels this processor runs: avx512, avx2 or baseline."""
+    """Which of the compiled kernels this processor runs: avx512vnni, avx512, avx2 or baseline."""
     return _native.instruction_set()
 
 

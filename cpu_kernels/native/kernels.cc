@@ -6,12 +6,13 @@ extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;
 #endif
 
 namespace {
 
 struct Choice {
-  const Kernels* tables[4] = {};
+  const Kernels* tables[5] = {};
 
   Choice() {
     int n = 0;
@@ -21,6 +22,7 @@ struct Choice {
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      if (__builtin_cpu_supports("avx512vnni")) tables[n++] = &kAvx512VnniKernels;
       tables[n++] = &kAvx512Kernels;
     }
     if (avx2) tables[n++] = &kAvx2Kernels;

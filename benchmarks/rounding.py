@@ -1,0 +1,119 @@
+"""What rounding weights costs: `python -m benchmarks.rounding [MODEL] [--tokens 20000]`.
+
+KL(float32 || rounded) of the next token on text that was not calibrated on, in nats per token, through the CPU
+executor where it runs: ours and llama.cpp's Q4_0 (as the package gguf rounds), of the matrices alone, and of embedding
+and head beside our int4 matrices. Differences are paired by window, with bootstrap intervals.
+"""
+
+import argparse
+
+import jax.numpy as jnp
+import numpy as np
+from gguf import GGMLQuantizationType, quants
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import jsparse
+from benchmarks.report import positive, print_json
+from jsparse.arrays import Matrix, dequantize
+from jsparse.evaluation.scoring import held_out_rows, teacher_forced
+from jsparse.executors.select import select_executor
+from jsparse.model.parameters import by_path, make_weights, parameters
+from jsparse.model.weights import Weights
+from jsparse.rounding import cast, quantize_groups
+
+RESAMPLES = 10_000
+UNIFORM = jnp.arange(-8, 8, dtype=jnp.int8)
+
+
+def q4_0(matrix: Matrix) -> Matrix:
+    """What Q4_0 leaves of a matrix, groups along its inputs as in a GGUF file."""
+    kind = GGMLQuantizationType.Q4_0
+    exact = np.asarray(dequantize(matrix))
+    return jnp.asarray(quants.dequantize(quants.quantize(exact, kind), kind))
+
+
+def transposed(round_matrix):
+    """The same where the matrix is stored the other way round."""
+    return lambda matrix: round_matrix(jnp.asarray(dequantize(matrix)).T).T
+
+
+def rounded(params: jsparse.Params, rules: dict) -> Weights:
+    """The weights with every array of a role, or of a name, rounded as its rule says."""
+    table, leaves = parameters(params.config), by_path(params.weights)
+
+    def leaf(path: str, _) -> Matrix:
+        name = path.rpartition("/")[2]
+        rule = rules.get(name) or rules.get(table[path].role)
+        return rule(leaves[path]) if rule else leaves[path]
+
+    return make_weights(params.config, leaf)
+
+
+def versions() -> dict[str, dict]:
+    """The rules of every version by its name."""
+
+    def to(storage):
+        return lambda matrix: cast(matrix, storage)
+
+    int4 = {"matrix": to("int4:32")}
+    return {
+        "Q4_0": {"matrix": q4_0, "down_t": transposed(q4_0)},
+        "int4:32 with Q4_0's codebook": {"matrix": lambda m: quantize_groups(dequantize(m), UNIFORM)},
+        "int4:32": int4,
+        "int4:32, down in groups of neurons": int4 | {"down_t": transposed(lambda m: dequantize(cast(m, "int4:32")))},
+        "int4:32, down in int8": int4 | {"down_t": to("int8")},
+        "int4:32, embedding and head int8": int4 | {role: to("int8") for role in ("embed", "head")},
+        "int4:32, embedding and head int4:32": int4 | {role: to("int4:32") for role in ("embed", "head")},
+        "int8": {"matrix": to("int8")},
+    }
+
+
+def divergences(params: jsparse.Params, weights: Weights, rows: np.ndarray, reference: list[np.ndarray]) -> np.ndarray:
+    """KL(reference || model) of every row, the mean over its tokens."""
+    executor = select_executor()
+    found = []
+    for row, exact in zip(rows, reference):
+        log_p = np.asarray(teacher_forced(weights, None, row, params.config, executor)[0])
+        found.append(np.sum(np.exp(exact) * (exact - log_p), axis=-1).mean())
+    return np.asarray(found)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95% of the means of resampled windows."""
+    chosen = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(values[chosen].mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="default", help="with the shipped model's tokenizer and text")
+    parser.add_argument("--tokens", type=positive, default=20_000, help="at least, default %(default)s")
+    args = parser.parse_args()
+    params = jsparse.load(args.model, dtype="float32")
+    rows = held_out_rows(params, -(-args.tokens // params.config.context_length))
+    executor = select_executor()
+    exact = [np.asarray(teacher_forced(params.weights, None, row, params.config, executor)[0]) for row in rows]
+    results, base = [], None
+    table = Table(title=f"{params.config.name}: {rows.size:,} tokens, KL to float32 in nats per token")
+    for column in ("", "KL", "95%", "minus Q4_0's", "95%", "MB of block matrices"):
+        table.add_column(column, justify="right")
+    for name, rules in track(versions().items(), "Rounding", console=Console(stderr=True), transient=True):
+        weights = rounded(params, rules)
+        found = divergences(params, weights, rows, exact)
+        base = found if base is None else base
+        entry = {"rounding": name, "kl": float(found.mean()), "interval": interval(found)}
+        entry |= {"difference": float((found - base).mean()), "difference_interval": interval(found - base)}
+        results.append(entry)
+        size = sum(leaf.nbytes for path, leaf in by_path(weights).items() if path.startswith("layers"))
+        cells = [f"{entry['kl']:.5f}", "{:.5f} to {:.5f}".format(*entry["interval"]), f"{entry['difference']:+.5f}"]
+        cells += ["{:+.5f} to {:+.5f}".format(*entry["difference_interval"]), f"{size / 1e6:.2f}"]
+        table.add_row(name, *cells)
+    Console(width=150).print(table)
+    print_json(results)
+
+
+if __name__ == "__main__":
+    main()
