@@ -21,6 +21,7 @@ from test_generation import byte_tokenizer
 import jsparse
 from convert import from_huggingface
 from jsparse.arrays import DTYPES, restore_rows, storage_of
+from jsparse.checkpoints import native
 from jsparse.model.config import RopeScaling
 
 ROOT = Path(__file__).parents[1]
@@ -273,6 +274,19 @@ def edited(change):
     return damage
 
 
+def rewritten(change):
+    """Edited by somebody who also made the checksum anew."""
+
+    def damage(directory):
+        path = directory / "jsparse.json"
+        manifest = json.loads(path.read_text())
+        del manifest["checksum"]
+        change(manifest)
+        path.write_text(json.dumps(manifest | {"checksum": native._checksum(manifest)}))
+
+    return damage
+
+
 def largest(directory: Path) -> Path:
     return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
@@ -292,6 +306,19 @@ DAMAGE = {
     "predictors struck out": (edited(lambda m: m.pop("predictors")), "jsparse.json: was changed"),
     "checksum gone": (edited(lambda m: m.pop("checksum")), "jsparse.json: cannot be read"),
     "another format": (edited(lambda m: m.update(format=3)), "jsparse.json: has format 3"),
+    "no config": (rewritten(lambda m: m.pop("config")), "jsparse.json: does not describe a model: config is missing"),
+    "weights are a list": (rewritten(lambda m: m.update(weights=[1])), "jsparse.json: does not describe a model"),
+    "an array without a shape": (
+        rewritten(lambda m: m["weights"]["embed"].pop("shape")),
+        "jsparse.json: does not describe a model: embed lacks crc32, dtype, shape",
+    ),
+    "an array that is a number": (rewritten(lambda m: m["weights"].update(embed=3)), "embed lacks crc32, dtype, shape"),
+    "a dtype that is none": (rewritten(lambda m: m["weights"]["embed"].update(dtype="float3")), "embed is stored as"),
+    "a shape of words": (rewritten(lambda m: m["weights"]["embed"].update(shape=["a"])), "embed is stored as"),
+    "a predictor of no layer": (
+        rewritten(lambda m: m["predictors"].update({"one/bias": m["predictors"].pop("1/bias")})),
+        "predictors: the arrays cannot be read",
+    ),
     "manifest is no JSON": (lambda d: (d / "jsparse.json").write_text("{"), "jsparse.json: cannot be read"),
     "manifest is nested too deeply": (
         lambda d: (d / "jsparse.json").write_text("[" * 100_000),

@@ -117,7 +117,7 @@ from jsparse.model.ffn import KINDS
 from jsparse.model.weights import Linear
 cpu = KernelExecutor("cpu")
 parts = [cpu_kernels.num_threads() * 0]
-for storage in ("float32", "bfloat16", "int8"):
+for storage in ("float32", "bfloat16", "int8", "int4:32"):
     x, ffn, predictor = problem(storage=storage, bits=4, width=200, neurons=900, rank=60)
     parts += [*cpu.sparse_ffn(x, ffn, predictor, KINDS["reglu"]), cpu.dense_ffn(x, ffn, KINDS["reglu"])]
     parts += cpu.project(x, [Linear(ffn.gate)])

@@ -20,7 +20,9 @@ from jsparse.executors.select import unavailable
 from jsparse.executors.xla import Xla
 from jsparse.model.cache import make_caches
 from jsparse.model.executor import Executor
+from jsparse.model.parameters import by_path, make_weights, parameters, weight_storage
 from jsparse.model.weights import Predictor
+from jsparse.rounding import cast
 
 CONFIG = dataclasses.replace(
     TINY, hidden_size=100, head_dim=26, intermediate_size=200, num_layers=2, context_length=1024
@@ -57,7 +59,13 @@ def executors(storages: dict[str, tuple[str, ...]]) -> list:
 def fitted(config: jsparse.ModelConfig, dtype: str) -> jsparse.Params:
     """With predictors at random, of which about half of the neurons pass."""
     params = random_params(config)
-    weights = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim == 2 else leaf, params.weights)
+    table, leaves = parameters(config), by_path(params.weights)
+
+    def leaf(path: str, _):
+        storage = weight_storage(table[path].role, dtype)
+        return leaves[path] if storage is None else cast(leaves[path], str(storage))
+
+    weights = make_weights(config, leaf)
     rng = np.random.default_rng(1)
 
     def draw(*shape):
@@ -74,7 +82,7 @@ def run(params: jsparse.Params, executor: Executor, sparse: bool, dtype: str, pl
     model = Model(config, executor, config.ffn_spec())
     weights, predictors = executor.place(params.weights, params.predictors if sparse else None)
     step = jax.jit(partial(forward, model=model, logits="all"), donate_argnums=5)
-    caches = make_caches(config, len(LENGTHS), TOKENS.shape[1], dtype)
+    caches = make_caches(config, len(LENGTHS), TOKENS.shape[1], "bfloat16" if dtype.startswith("int") else dtype)
     at, logits, total = 0, [], 0
     for size in plan:
         start, count = np.full_like(LENGTHS, at), np.clip(LENGTHS - at, 0, size)
@@ -86,7 +94,7 @@ def run(params: jsparse.Params, executor: Executor, sparse: bool, dtype: str, pl
 
 
 BOTH = ("float32", "bfloat16")
-EVERY = {"cpu": BOTH, "xla": BOTH, "cuda interpreted": ("float32",), "cann on PyTorch's CPU": BOTH}
+EVERY = {"cpu": (*BOTH, "int8", "int4"), "xla": BOTH, "cuda interpreted": ("float32",), "cann on PyTorch's CPU": BOTH}
 
 
 @pytest.mark.parametrize(("executor", "dtype"), executors(EVERY))

@@ -9,6 +9,7 @@ tokenizer/     tokenizer files, where there is one
 import hashlib
 import json
 import math
+import operator
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from jsparse.arrays import Matrix, Rows, restore_rows
 from jsparse.checkpoints.first_format import path_of
 from jsparse.directories import plain_path, read_path, replacing_directory
-from jsparse.errors import JsparseError
+from jsparse.errors import JsparseError, listing
 from jsparse.model.config import ModelConfig
 from jsparse.model.parameters import (
     by_path,
@@ -42,6 +43,7 @@ _MANIFEST = "jsparse.json"
 _FORMAT = 2
 _READ = (1, 2)
 _PORTION = 2**29
+_TREES = ("weights", "predictors")
 
 
 @with_own_settings
@@ -93,7 +95,27 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         raise JsparseError(f"{path}: has format {version}; this version of jsparse reads {known}")
     if checksum != _checksum(manifest):
         raise JsparseError(f"{path}: was changed after it was written (its checksum differs); save the model again")
+    if problem := _problem(manifest):
+        raise JsparseError(f"{path}: does not describe a model: {problem}")
     return manifest
+
+
+def _problem(manifest: dict[str, Any]) -> str | None:
+    """What a manifest lacks, or None."""
+    if missing := {"config", "tokenizer", "weights"} - manifest.keys():
+        return f"{listing(sorted(missing))} is missing"
+    for tree in _TREES:
+        if not isinstance(manifest.get(tree, {}), dict):
+            return f"{tree} are no table"
+        for key, kept in manifest.get(tree, {}).items():
+            needed = {"shape", "dtype", "crc32"} | ({"bits", "columns"} if key.endswith("/values") else set())
+            if not isinstance(kept, dict) or needed - kept.keys():
+                return f"{key} lacks {', '.join(sorted(needed))}"
+            try:
+                math.prod(map(operator.index, kept["shape"])) * jnp.dtype(kept["dtype"]).itemsize
+            except TypeError:
+                return f"{key} is stored as {kept['dtype']!r} {kept['shape']!r}"
+    return None
 
 
 def check_new(directory: str | Path, *, force: bool = False) -> None:
@@ -131,7 +153,7 @@ def load_native(path: Path, dtype: str | None) -> Params:
         raise JsparseError(f"{path / _MANIFEST}: {error}") from error
     predictors = None
     if "predictors" in manifest:
-        predictors = _predictors(_load_tree(path / "predictors", manifest["predictors"]))
+        predictors = _predictors(_load_tree(path / "predictors", manifest["predictors"]), path)
     weights = _load_tree(path / "weights", manifest["weights"])
     if manifest["format"] == 1:
         weights = {path_of(name): leaf for name, leaf in weights.items()}
@@ -147,13 +169,16 @@ def load_native(path: Path, dtype: str | None) -> Params:
     return params
 
 
-def _predictors(leaves: dict[str, Matrix]) -> tuple[Predictor, ...]:
+def _predictors(leaves: dict[str, Matrix], path: Path) -> tuple[Predictor, ...]:
     """The predictors whose parts are named "layer/part"."""
     layers: dict[int, dict[str, Matrix]] = {}
-    for name, leaf in leaves.items():
-        layer, part = name.split("/")
-        layers.setdefault(int(layer), {})[part] = leaf
-    return tuple(Predictor(**layers[layer]) for layer in sorted(layers))
+    try:
+        for name, leaf in leaves.items():
+            layer, part = name.split("/")
+            layers.setdefault(int(layer), {})[part] = leaf
+        return tuple(Predictor(**layers[layer]) for layer in sorted(layers))
+    except (ValueError, TypeError) as error:
+        raise JsparseError(f"{path / _MANIFEST}: does not describe predictors: {error}") from error
 
 
 def _cast(weights: dict[str, Matrix], config: ModelConfig, dtype: str) -> None:
@@ -259,7 +284,7 @@ def _read_back(directory: Path) -> None:
       JsparseError: something is missing or damaged.
     """
     manifest = read_manifest(directory)
-    for name in ("weights", "predictors"):
+    for name in _TREES:
         for some in _portions(manifest.get(name, {})):
             _load_arrays(directory / name, some)
     if manifest["tokenizer"]:
