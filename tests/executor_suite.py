@@ -155,12 +155,15 @@ def check(executor, x, ffn, predictor, spec):
 STORAGES = ("float32", "bfloat16", "float16", "int8", "int4:32")
 TOKENS = ((1,), (3,), (2, 40), (600,))
 BITS, BATCHES = (16, 8, 4), (1, 3)
+STORED_WITH = ((1, 4), (8, 16), (11, 8))
+"""Batch, and bits of the predictor."""
 
 
 def is_one_of_each(test: str, params: dict) -> bool:
     """Whether a suite that compiles slowly runs this case in `make test`, which leaves the others to `make test-all`.
 
-    It runs every FFN, and every pair of bits and batch, or of storage and number of tokens, with one of the others.
+    It runs every FFN and storage, and every pair of bits and batch, or of storage and number of tokens, with one of the
+    others.
     """
     if test == "test_sparse_ffn_is_the_ffn_of_the_predicted_neurons":
         i = [name for name, _ in SPARSE_FFNS].index(params["name"])
@@ -168,6 +171,10 @@ def is_one_of_each(test: str, params: dict) -> bool:
     if test == "test_dense_ffn_is_the_ffn_of_all_neurons":
         i = [name for name, _ in DENSE_FFNS].index(params["name"])
         return TOKENS.index(params["tokens"]) == (i + STORAGES.index(params["storage"])) % 4
+    if test == "test_sparse_ffn_on_stored_weights":
+        return (params["batch"], params["bits"]) == STORED_WITH[STORAGES.index(params["storage"]) % 3]
+    if test == "test_int4_groups_of_any_scale_meet_channels_of_any_size":
+        return params["width"] % 2 == 1
     return True
 
 
@@ -196,7 +203,7 @@ class ExecutorSuite:
             assert expected.all(), predicted
 
     @pytest.mark.parametrize("storage", ["bfloat16", "float16", "int8", "int4:32"])
-    @pytest.mark.parametrize(("batch", "bits"), [(1, 4), (8, 16), (11, 8)])
+    @pytest.mark.parametrize(("batch", "bits"), STORED_WITH)
     def test_sparse_ffn_on_stored_weights(self, executor, storage, batch, bits):
         spec = dataclasses.replace(KINDS["drelu"], pipeline="parallel" if batch == 8 else "sequential")
         for predicted in PREDICTED:

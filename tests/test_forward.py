@@ -35,6 +35,10 @@ PLAN = (1, 2, 16, 512, 16, 13)
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, sum(PLAN))).astype(np.int32)
 
 
+ALWAYS = (("cpu", "float32"), ("cpu", "bfloat16"), ("cpu", "int4"), ("xla", "float32"))
+"""Executors and storages that `make test` runs."""
+
+
 def executors(storages: dict[str, tuple[str, ...]]) -> list:
     """Cases of an executor and how weights and caches are stored; what takes longest is left to `make test-all`."""
     native = pytest.mark.skipif(unavailable("cpu") is not None, reason="there is no native extension")
@@ -49,7 +53,7 @@ def executors(storages: dict[str, tuple[str, ...]]) -> list:
             made[name],
             dtype,
             id=f"{name}-{dtype}",
-            marks=native if name == "cpu" else [pytest.mark.nightly] * ((name, dtype) != ("xla", "float32")),
+            marks=[native] * (name == "cpu") + [pytest.mark.nightly] * ((name, dtype) not in ALWAYS),
         )
         for name, dtypes in storages.items()
         for dtype in dtypes

@@ -21,8 +21,8 @@ def error(found, exact) -> float:
 
 
 @pytest.mark.parametrize(("name", "bound"), [("int8", 1e-4), ("int4", 0.03), ("int4:32", 0.01)])
-@pytest.mark.parametrize("columns", [33, 64])
-def test_quantised_rows_round_trip(name, bound, columns):
+def test_quantised_rows_round_trip(name, bound):
+    columns = 33
     values, storage = jax.random.normal(jax.random.key(0), (50, columns)), Storage.parse(name)
     stored = cast(values, name)
     assert stored.shape == (50, columns)
@@ -34,7 +34,7 @@ def test_quantised_rows_round_trip(name, bound, columns):
     np.testing.assert_allclose(take_rows(stored, jnp.asarray([7, 50])), [exact[7], np.zeros(columns)], rtol=1e-6)
     assert cast(stored, name) is stored
     assert storage_of(cast(stored, "bfloat16")) == Storage("bfloat16")
-    np.testing.assert_array_equal(dequantize(cast(jnp.zeros((2, columns)), name)), 0)
+    np.testing.assert_array_equal(dequantize(cast(jnp.zeros((50, columns)), name)), 0)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
@@ -49,8 +49,8 @@ def test_rounding_by_blocks_is_that_of_the_whole(name):
 def test_blocks_of_q4_0_are_held_exactly():
     """Integers of -8 to 7 times a float16 scale, of either sign and subnormal too."""
     rng = np.random.default_rng(0)
-    scale = rng.choice([2.0**-5, -(2.0**-5), 0.3, 3e-7, 2.0**-24, 100], (20, 3)).astype(np.float16)
-    integers = rng.integers(-8, 8, (20, 96))
+    scale = rng.choice([2.0**-5, -(2.0**-5), 0.3, 3e-7, 2.0**-24, 100], (256, 8)).astype(np.float16)
+    integers = rng.integers(-8, 8, (256, 256))
     integers[:, ::32] = -8
     values = integers * np.repeat(scale.astype(np.float32), 32, axis=1)
     stored = quantize_groups(jnp.asarray(values), UNIFORM)
@@ -87,7 +87,7 @@ def test_a_codebook_is_fitted_to_what_it_rounds():
     assert error(dequantize(fitted), values) < 0.3 * error(
         dequantize(quantize_groups(jnp.asarray(values), normal)), values
     )
-    found = np.asarray(fit_codebook(jnp.zeros((4, 40))))
+    found = np.asarray(fit_codebook(jnp.zeros((256, 256))))
     assert np.all(np.diff(found) > 0)
 
 
