@@ -133,6 +133,13 @@ def test_every_way_generates_the_same_tokens(fitted, sparse):
         assert texts("cpu") == expected
 
 
+@pytest.mark.parametrize("whole", [pytest.param(False, marks=pytest.mark.nightly), True])
+def test_weights_of_4_bits_generate_the_same_tokens(whole):
+    params = jsparse.load("default", dtype="int4")
+    expected = jsparse.generate(params, PROMPT, max_new_tokens=20, executor="xla")
+    assert jsparse.generate(params, PROMPT, max_new_tokens=20, executor=on("cpu", whole=whole)) == expected
+
+
 def test_sampled_tokens_are_those_of_other_executors(fitted):
     options = {"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.9, "seed": 3, "stop": "\n\n\n"}
     expected = jsparse.generate(fitted, [PROMPT, "a = "], executor="xla", **options)
