@@ -287,7 +287,7 @@ def test_float16_that_overflows_is_refused(tmp_path):
         from_huggingface(source, dtype="float16")
 
 
-@pytest.mark.parametrize("options", [{"ffn": "relu"}, {"ffn": ["reglu"]}, {"dtype": "int4"}, {"dtype": ["int8"]}])
+@pytest.mark.parametrize("options", [{"ffn": "relu"}, {"ffn": ["reglu"]}, {"dtype": "int3"}, {"dtype": ["int8"]}])
 def test_unknown_options_are_refused(options, tmp_path):
     with pytest.raises(ConversionError, match="must be one of"):
         from_huggingface(model(tmp_path / "source"), **options)
@@ -313,7 +313,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         ([], "SRC"),
         (["source"], "DST"),
         (["source", "out", "--ffn", "gelu"], "--ffn"),
-        (["source", "out", "--dtype", "int4"], "--dtype"),
+        (["source", "out", "--dtype", "int3"], "--dtype"),
         (["source", "full"], "full exists"),
         (["source", "full", "--force"], "something else than a jsparse model"),
         (["source", "full", "--to-huggingface"], "full already exists"),
