@@ -35,7 +35,7 @@ def q4_0(matrix: Matrix) -> Matrix:
 
 
 def transposed(round_matrix):
-    """The same where the matrix is stored the other way round."""
+    """A rounding whose groups run along the rows of the matrix's transpose."""
     return lambda matrix: round_matrix(jnp.asarray(dequantize(matrix)).T).T
 
 

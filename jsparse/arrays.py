@@ -188,6 +188,6 @@ def pack_int4(codes: Int[Array, "rows columns"]) -> Int[Array, "rows bytes"]:
 
 
 def unpack_int4(packed: Int[Array, "rows bytes"], columns: int) -> Int[Array, "rows columns"]:
-    """The other way."""
+    """Codes of 0 to 15 from bytes that hold two each: the inverse of `pack_int4`."""
     nibbles = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(packed.shape[0], -1)
     return nibbles[:, :columns]

@@ -86,11 +86,12 @@ def _nearest(groups, scale, codebook):
 
 
 def _rounded(groups, scale, codebook):
-    """That element; without a gather, which XLA does not vectorise."""
+    """The element of the codebook itself; it takes no gather, which XLA would not vectorise."""
     return _steps(groups, scale, codebook, jnp.full(groups.shape, codebook[0]), jnp.diff(codebook))
 
 
 def _steps(groups, scale, codebook, start, steps):
+    """Start at `start` and add a step for every middle between two neighbours in the codebook that is exceeded."""
     scaled = groups / jnp.where(scale == 0, 1, scale)[..., None]
     middles = (codebook[1:] + codebook[:-1]) / 2
     return start + sum(jnp.where(scaled > middle, step, 0) for middle, step in zip(middles, steps))

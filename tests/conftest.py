@@ -39,11 +39,13 @@ import numpy as np
 from executor_suite import is_one_of_each
 
 import jsparse
+from jsparse.arrays import Matrix
 from jsparse.executors.xla import Xla
 from jsparse.model.cache import make_caches
 from jsparse.model.decoder import Decoder
 from jsparse.model.layers import apply
-from jsparse.model.parameters import Parameter, make_weights
+from jsparse.model.parameters import Parameter, by_path, make_weights, parameters, weight_storage
+from jsparse.rounding import cast
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -97,6 +99,17 @@ def random_params(config: jsparse.ModelConfig, seed: int = 2) -> jsparse.Params:
         return jnp.asarray(rng.standard_normal(entry.shape, np.float32) * np.float32(deviation))
 
     return jsparse.Params(config, make_weights(config, leaf))
+
+
+def stored_as(params: jsparse.Params, dtype: str) -> jsparse.Params:
+    """The model with its arrays stored as a model of that dtype stores them."""
+    table, leaves = parameters(params.config), by_path(params.weights)
+
+    def leaf(path: str, _) -> Matrix:
+        storage = weight_storage(table[path].role, dtype)
+        return leaves[path] if storage is None else cast(leaves[path], str(storage))
+
+    return dataclasses.replace(params, weights=make_weights(params.config, leaf))
 
 
 def run_decoder(params: jsparse.Params, ids: np.ndarray, feed_forward=None, count=None):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import simulated_npu
 import torch
-from conftest import TINY, random_params
+from conftest import TINY, random_params, stored_as
 from test_generation import with_random_predictors
 
 import cann_bridge
@@ -26,9 +26,7 @@ from cann_bridge.ops import ops
 from jsparse.executors.npu import Npu
 from jsparse.executors.select import make_executor, select_executor
 from jsparse.model.ffn import KINDS
-from jsparse.model.parameters import by_path, make_weights, parameters, weight_storage
 from jsparse.model.weights import Linear
-from jsparse.rounding import cast
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "def read(self, size):\n"
@@ -138,14 +136,7 @@ def test_every_way_generates_the_same_tokens(fitted, sparse):
 @pytest.mark.parametrize("whole", [False, True])
 def test_weights_of_4_bits_generate_the_same_tokens(whole):
     config = dataclasses.replace(TINY, num_layers=1, tie_embeddings=False)
-    params = random_params(config)
-    table, leaves = parameters(config), by_path(params.weights)
-
-    def leaf(path, _):
-        storage = weight_storage(table[path].role, "int4")
-        return leaves[path] if storage is None else cast(leaves[path], str(storage))
-
-    params = dataclasses.replace(params, weights=make_weights(config, leaf))
+    params = stored_as(random_params(config), "int4")
     expected = jsparse.generate(params, np.arange(20), max_new_tokens=20, executor="xla")
     found = jsparse.generate(params, np.arange(20), max_new_tokens=20, executor=on("cpu", whole=whole))
     np.testing.assert_array_equal(found, expected)

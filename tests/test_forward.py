@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, predict_all, random_params
+from conftest import TINY, predict_all, random_params, stored_as
 from executor_suite import ROUNDED
 
 import jsparse
@@ -20,9 +20,7 @@ from jsparse.executors.select import unavailable
 from jsparse.executors.xla import Xla
 from jsparse.model.cache import make_caches
 from jsparse.model.executor import Executor
-from jsparse.model.parameters import by_path, make_weights, parameters, weight_storage
 from jsparse.model.weights import Predictor
-from jsparse.rounding import cast
 
 CONFIG = dataclasses.replace(
     TINY, hidden_size=100, head_dim=26, intermediate_size=200, num_layers=2, context_length=1024
@@ -62,14 +60,7 @@ def executors(storages: dict[str, tuple[str, ...]]) -> list:
 
 def fitted(config: jsparse.ModelConfig, dtype: str) -> jsparse.Params:
     """With predictors at random, of which about half of the neurons pass."""
-    params = random_params(config)
-    table, leaves = parameters(config), by_path(params.weights)
-
-    def leaf(path: str, _):
-        storage = weight_storage(table[path].role, dtype)
-        return leaves[path] if storage is None else cast(leaves[path], str(storage))
-
-    weights = make_weights(config, leaf)
+    params = stored_as(random_params(config), dtype)
     rng = np.random.default_rng(1)
 
     def draw(*shape):
@@ -77,7 +68,7 @@ def fitted(config: jsparse.ModelConfig, dtype: str) -> jsparse.Params:
 
     size, width = config.intermediate_size, config.hidden_size
     predictors = tuple(Predictor(draw(8, width), draw(size, 8), draw(size)) for _ in range(config.num_layers))
-    return dataclasses.replace(params, weights=weights, predictors=predictors)
+    return dataclasses.replace(params, predictors=predictors)
 
 
 def run(params: jsparse.Params, executor: Executor, sparse: bool, dtype: str, plan: tuple[int, ...]):

@@ -22,7 +22,7 @@ def load(directory: str | Path, *, dtype: str | None = None, ffn: str | None = N
       dtype: of the matrices: float32, bfloat16, float16, int8 (rows with one scale each, the embedding left as it is)
         or int4 (groups of 32 numbers with a scale each, embedding and head in int8); as stored if None. Norm scales
         and biases are always float32.
-      ffn: the FFN kind of a Hugging Face checkpoint that does not say it, one of `jsparse.model.ffn.KINDS`.
+      ffn: the FFN kind of a Hugging Face checkpoint that does not say it, one of `jsparse.model.ffn.HF_KINDS`.
 
     Raises:
       JsparseError: the path is missing, is not a checkpoint, or its content does not fit; the message says what.
