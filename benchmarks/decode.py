@@ -31,7 +31,7 @@ from jsparse.decoding.forward import Model
 from jsparse.decoding.loop import bucket, initial_state, step_chunk
 from jsparse.decoding.sampling import Sampling
 from jsparse.executors.select import select_executor
-from jsparse.model.cache import LayerCache
+from jsparse.model.cache import LayerCache, quantize_heads
 from jsparse.model.executor import Executor
 from jsparse.model.parameters import Parameter, make_weights, parameters
 from jsparse.model.weights import Weights
@@ -132,11 +132,13 @@ def elements(config: jsparse.ModelConfig, unread: Sequence[str] = ("embed",)) ->
     )
 
 
-def random_caches(config: jsparse.ModelConfig) -> tuple:
-    """A KV cache filled past the context, in bfloat16."""
+def random_caches(config: jsparse.ModelConfig, dtype: str) -> tuple:
+    """A KV cache in that dtype, filled past the context."""
     shape = (1, bucket(CONTEXT + TOKENS), config.num_kv_heads, config.head_dim)
-    side = jnp.asarray(np.random.default_rng(2).standard_normal(shape, np.float32), jnp.bfloat16)
-    return tuple(LayerCache(random_models.copy(side), random_models.copy(side)) for _ in range(config.num_layers))
+    drawn = jnp.asarray(np.random.default_rng(2).standard_normal(shape, np.float32))
+    side, scale = quantize_heads(drawn) if dtype == "int8" else (drawn.astype(dtype), None)
+    cache = LayerCache(side, side, scale, scale)
+    return tuple(jax.tree.map(random_models.copy, cache) for _ in range(config.num_layers))
 
 
 def main() -> None:
@@ -146,6 +148,9 @@ def main() -> None:
     dtypes = ("bfloat16", "int8", "int4")
     parser.add_argument(
         "--dtype", choices=dtypes, nargs="+", default=dtypes[:2], help="weights of jsparse, default: %(default)s"
+    )
+    parser.add_argument(
+        "--kv-dtype", choices=("bfloat16", "int8"), default="bfloat16", help="of all engines, default %(default)s"
     )
     parser.add_argument(
         "--others", choices=OTHERS, nargs="*", default=OTHERS, help="engines beside jsparse, default: all; alone, none"
@@ -169,7 +174,7 @@ def main() -> None:
             raise SystemExit(2)
     probe, results = cpu_probe(), []
     for name, config in configs.items():
-        results += measure(name, config, args.dtype, args.others, args.rounds, probe)
+        results += measure(name, config, args.dtype, args.kv_dtype, args.others, args.rounds, probe)
     print_json(results)
 
 
@@ -192,11 +197,11 @@ def too_large(config: jsparse.ModelConfig, engines: Sequence[str]) -> str | None
     )
 
 
-def measure(shape, config, dtypes, others, rounds, probe) -> list[dict]:
+def measure(shape, config, dtypes, kv_dtype, others, rounds, probe) -> list[dict]:
     """The rows of one shape."""
     points = random_models.operating_points(shape, config)
     layer = random_models.random_layer(config, points[0].rank)
-    caches = [random_caches(config)]
+    caches = [random_caches(config, kv_dtype)]
     engines = []
     for dtype in dtypes:
         progress(shape, f"jsparse in {dtype}")

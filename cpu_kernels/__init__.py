@@ -34,6 +34,8 @@ ACTIVATIONS = ("relu", "relu2", "silu")
 UP_ACTIVATIONS = ("none", "linear", "relu")
 """What may be applied to gate and up values, in the order of the native enumerations; `none` where there is no up."""
 _PREFIX = "jsparse_cpu_"
+_IN_PLACE = {5: 1, 6: 2, 7: 3, 8: 4}
+"""Caches and their scales among the operands of `attend`, and among its results."""
 
 Matrix = jax.Array | tuple[jax.Array, jax.Array]
 
@@ -151,9 +153,10 @@ def attend(
     count: jax.Array,
     keys: jax.Array,
     values: jax.Array,
+    scales: tuple[jax.Array, ...] = (),
     *,
     window: int | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Attention of new tokens of each sequence over its KV cache, which takes their keys and values first.
 
     Args:
@@ -161,19 +164,21 @@ def attend(
       k, v: (B, T, K, H), keys and values of the same tokens; N is a multiple of K.
       start: (B,) int32, the position of each sequence's first token.
       count: (B,) int32, how many of its tokens exist; the others write nothing, and zeros come out.
-      keys, values: (B, S, K, H) float32, bfloat16 or float16; slot s holds the newest position p with p % S == s.
+      keys, values: (B, S, K, H) float32, bfloat16, float16 or int8; slot s holds the newest position p with p % S == s.
+      scales: of int8 the bfloat16 scales of keys and of values, (B, S, K, ceil(H / 32)): one for every 32 channels.
+        Queries meet int8 keys rounded to 16 bits, one step per query.
       window: positions a token sees, itself included; None for all. It sees S of them at most.
 
     Returns:
-      the attended values (B, T, N, H), and the caches, updated in place where the caller does not use them again.
+      the attended values (B, T, N, H), and the caches with the scales they have, updated in place where the caller
+      does not use them again.
     """
-    outs = [
-        jax.ShapeDtypeStruct(q.shape, jnp.float32),
-        *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in (keys, values)),
-    ]
-    call = _call("attend", outs, input_output_aliases={5: 1, 6: 2})
+    caches = keys, values, *(scales or [jnp.zeros((0,), jnp.float32)] * 2)
+    outs = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in caches]
+    call = _call("attend", [jax.ShapeDtypeStruct(q.shape, jnp.float32), *outs], input_output_aliases=_IN_PLACE)
     new = (*map(_float32, (q, k, v)), *(x.astype(jnp.int32) for x in (start, count)))
-    return tuple(call(*new, keys, values, window=np.int64(2**62 if window is None else window)))
+    out, *caches = call(*new, *caches, window=np.int64(2**62 if window is None else window))
+    return out, *(caches if scales else caches[:2])
 
 
 @jax.jit

@@ -12,6 +12,8 @@ from pallas_kernels.lowering import call, load, program_id, store, when
 _PROGRAMS = 256
 """Fewest to keep a GPU busy, for which runs of slots get shorter."""
 _SLOTS = (64, 32)
+_GROUP = 32
+"""Channels of an int8 cache that share a scale."""
 _COMBINED = 32
 """Runs of slots that are added up at once."""
 
@@ -24,18 +26,23 @@ def attend(
     count: jax.Array,
     keys: jax.Array,
     values: jax.Array,
+    scales: tuple[jax.Array, ...] = (),
     *,
     window: int | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """The attended values (B, 1, N, H) float32, and the caches with the token in them, in place where they are donated.
 
     Args:
       q: (B, 1, N, H) queries, rotated.
-      k, v: (B, 1, K, H), key and value of the same token; N is a multiple of K.
+      k, v: (B, 1, K, H), key and value of the same token, int8 where the cache is; N is a multiple of K.
       start: (B,) int32, the token's position.
       count: (B,) int32, 1, or 0 where there is no token: nothing is written then, and zeros come out.
       keys, values: (B, S, K, H); slot s holds the newest position p with p % S == s.
+      scales: of int8 the bfloat16 scales of k, v, keys and values in this order, (..., ceil(H / 32)): one for every 32
+        channels.
       window: positions a token sees, itself included; None for all.
+
+    The caches' scales are returned after them.
 
     Raises:
       ValueError: there are more tokens than one.
@@ -48,9 +55,13 @@ def attend(
     size = next((n for n in _SLOTS if batch * num_kv_heads * -(-num_slots // n) >= _PROGRAMS), _SLOTS[-1])
     splits = -(-num_slots // size)
     padded = 1 << (head_dim - 1).bit_length()
+    caches = keys, values, *scales[2:]
+    first = 5 + len(scales) // 2  # among the operands
 
-    def body(q_ref, k_ref, v_ref, start_ref, count_ref, old_keys, old_values, *outputs):
-        keys_ref, values_ref, partial_ref, largest_ref, total_ref = outputs
+    def body(q_ref, k_ref, v_ref, start_ref, count_ref, *refs):
+        new_scales, refs = refs[: len(scales) // 2], refs[len(scales) // 2 :]
+        old, new_caches = refs[: len(caches)], refs[len(caches) : 2 * len(caches)]
+        partial_ref, largest_ref, total_ref = refs[2 * len(caches) :]
         split, head, token = program_id(0), program_id(1), program_id(2)
         now, exists = start_ref[token], count_ref[token] > 0
         newest = now % num_slots
@@ -64,12 +75,15 @@ def attend(
         inside = None if padded == head_dim else dims < head_dim
         mask = visible[:, None] if inside is None else visible[:, None] & inside[None]
 
-        def rows(cache, new_ref):
-            new = load(new_ref, token, head, dims, mask=inside).astype(cache.dtype)
-            old = load(cache, token, slots[:, None], head, dims[None], mask=mask)
+        def take(cache, new_ref, at):
+            new = load(new_ref, token, head, at, mask=inside).astype(cache.dtype)
+            old = load(cache, token, slots[:, None], head, at[None], mask=mask)
             return jnp.where((slots == newest)[:, None], new[None], old).astype(jnp.float32)
 
-        head_keys, head_values = rows(old_keys, k_ref), rows(old_values, v_ref)
+        head_keys, head_values = (take(cache, new_ref, dims) for cache, new_ref in zip(old, (k_ref, v_ref)))
+        if scales:
+            factors = (take(cache, new_ref, dims // _GROUP) for cache, new_ref in zip(old[2:], new_scales))
+            head_keys, head_values = (side * factor for side, factor in zip((head_keys, head_values), factors))
         for n in range(group):
             query = load(q_ref, token, head * group + n, dims, mask=inside) * head_dim**-0.5
             scores = jnp.where(visible, jnp.sum(head_keys * query[None], axis=1), -jnp.inf)
@@ -81,28 +95,29 @@ def attend(
 
         @when(exists & (newest // size == split))
         def _():
-            for new_ref, cache in ((k_ref, keys_ref), (v_ref, values_ref)):
-                for start, length in _powers_of_two(head_dim):
+            for new_ref, cache in zip((k_ref, v_ref, *new_scales), new_caches):
+                for start, length in _powers_of_two(cache.shape[-1]):
                     part = start + jnp.arange(length)
                     store(cache, load(new_ref, token, head, part).astype(cache.dtype), token, newest, head, part)
 
-    keys, values, partial, largest, total = call(
+    new = [q[:, 0].astype(jnp.float32), *(side[:, 0] if scales else side[:, 0].astype(jnp.float32) for side in (k, v))]
+    *caches, partial, largest, total = call(
         body,
-        *(array[:, 0].astype(jnp.float32) for array in (q, k, v)),
+        *new,
         *(array.astype(jnp.int32) for array in (start, count)),
-        keys,
-        values,
+        *(scale[:, 0] for scale in scales[:2]),
+        *caches,
         name="attend",
         grid=(splits, num_kv_heads, batch),
         out_shape=[
-            *(jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in (keys, values)),
+            *(jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches),
             jax.ShapeDtypeStruct((batch, num_heads, splits, padded), jnp.float32),
             *[jax.ShapeDtypeStruct((batch, num_heads, splits), jnp.float32)] * 2,
         ],
-        aliases={5: 0, 6: 1},
+        aliases={first + i: i for i in range(len(caches))},
         warps=size // 8,
     )
-    return _combine(partial, largest, total)[:, None, :, :head_dim], keys, values
+    return _combine(partial, largest, total)[:, None, :, :head_dim], *caches
 
 
 def _combine(partial: jax.Array, largest: jax.Array, total: jax.Array) -> jax.Array:

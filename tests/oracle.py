@@ -1,5 +1,6 @@
 """Independent float64 NumPy references: the FFN of the predicted neurons, and the threshold greedy step by step."""
 
+import ml_dtypes
 import numpy as np
 
 from jsparse.arrays import Rows
@@ -56,9 +57,31 @@ def ffn(
     return hidden @ matrix(weights.down_t), np.stack([predicted.sum(1), (hidden != 0).sum(1)], axis=1)
 
 
+def quantize_heads(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keys or values (..., H) as an int8 cache stores them, group by group of 32 channels."""
+    codes, scale = np.zeros(x.shape, np.int8), np.zeros((*x.shape[:-1], -(-x.shape[-1] // 32)), ml_dtypes.bfloat16)
+    for group in range(scale.shape[-1]):
+        part = x[..., 32 * group : 32 * group + 32]
+        scale[..., group] = np.abs(part).max(-1) * np.float32(1 / 127)
+        step = scale[..., group : group + 1].astype(np.float32)
+        codes[..., 32 * group : 32 * group + 32] = np.round(np.divide(part, step, where=step > 0, out=np.zeros_like(part)))
+    return codes, scale
+
+
+def restored(side, scale) -> np.ndarray:
+    """Keys or values of a cache."""
+    side = np.array(side, np.float64)
+    if scale is None:
+        return side
+    return side * np.repeat(np.asarray(scale, np.float64), 32, axis=-1)[..., : side.shape[-1]]
+
+
 def attend(q, k, v, start, count, cache: LayerCache, window: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Attention token by token over ring-buffer caches, zeros for tokens that do not exist; then keys and values."""
-    q, k, v, keys, values = (np.array(array, np.float64) for array in (q, k, v, cache.keys, cache.values))
+    keys, values = (restored(*side) for side in ((cache.keys, cache.key_scale), (cache.values, cache.value_scale)))
+    if cache.key_scale is not None:
+        k, v = (restored(*quantize_heads(np.asarray(side))) for side in (k, v))
+    q, k, v = (np.array(array, np.float64) for array in (q, k, v))
     batch, slots, _, head_dim = keys.shape
     out = np.zeros(q.shape)
     for b in range(batch):

@@ -54,11 +54,14 @@ class AttendTile {
  public:
   // `first` is the index of the tile's first token in x, `size` its tokens.
   AttendTile(const Context& context, const Attention& shape, const AttentionArrays& arrays, int64_t first, int64_t size)
-      : context_(context), kernels_(context.kernels), shape_(shape), arrays_(arrays), first_(first), size_(size) {
+      : context_(context), kernels_(context.kernels), shape_(shape), arrays_(arrays), first_(first), size_(size),
+        keys_{arrays.keys, arrays.key_scale}, values_{arrays.values, arrays.value_scale} {
     group_ = shape.num_heads / shape.num_kv_heads;
     window_ = std::min(shape.window, shape.slots);
     head_bytes_ = RowBytes(shape.cache_type, shape.head_dim);
     slot_bytes_ = shape.num_kv_heads * head_bytes_;
+    head_scales_ = shape.cache_type == Type::kI8x32 ? NumGroups(shape.head_dim) : 0;
+    slot_scales_ = shape.num_kv_heads * head_scales_;
     query_ = kernels_.operand_size(shape.cache_type, shape.head_dim);
     vector_ = kernels_.sum_size(shape.cache_type, shape.head_dim);
     partial_ = vector_ + 2;
@@ -112,13 +115,30 @@ class AttendTile {
   void TakeToken(int64_t b, int64_t t) const {
     if (t >= Tokens(b)) return;
     const int64_t row = shape_.num_kv_heads * shape_.head_dim, token = b * shape_.tokens + first_ + t;
-    const int64_t at = (b * shape_.slots + Position(b, t) % shape_.slots) * slot_bytes_;
-    StoreAs(shape_.cache_type, arrays_.k + token * row, row, static_cast<uint8_t*>(arrays_.keys) + at);
-    StoreAs(shape_.cache_type, arrays_.v + token * row, row, static_cast<uint8_t*>(arrays_.values) + at);
+    const int64_t slot = b * shape_.slots + Position(b, t) % shape_.slots;
+    Write(arrays_.k + token * row, keys_, slot);
+    Write(arrays_.v + token * row, values_, slot);
     for (int64_t h = 0; h < shape_.num_heads; ++h) {
       const float* q = arrays_.q + (token * shape_.num_heads + h) * shape_.head_dim;
       kernels_.operand(shape_.cache_type, q, shape_.head_dim, shape_.scale,
                        QueryAt(b, Query(h / group_, t, h % group_)));
+    }
+  }
+
+  // Keys or values, and their scales.
+  struct Side {
+    void* data;
+    uint16_t* scales;
+  };
+
+  // Writes the keys or values of all heads to a slot.
+  void Write(const float* from, const Side& side, int64_t slot) const {
+    uint8_t* to = static_cast<uint8_t*>(side.data) + slot * slot_bytes_;
+    if (shape_.cache_type != Type::kI8x32) return StoreAs(shape_.cache_type, from, shape_.num_kv_heads * shape_.head_dim, to);
+    for (int64_t head = 0; head < shape_.num_kv_heads; ++head) {
+      kernels_.quantize_groups(from + head * shape_.head_dim, shape_.head_dim,
+                               reinterpret_cast<int8_t*>(to) + head * head_bytes_,
+                               side.scales + slot * slot_scales_ + head * head_scales_);
     }
   }
 
@@ -142,7 +162,7 @@ class AttendTile {
     Arena& own = Arena::OfChunk();
     own.Begin();
     float* scores = own.Take<float>(size_ * shape_.num_heads * count);
-    ForRows(b, first, count, arrays_.keys, arrays_.values, [&](const Matrix& side, Rows rows, int64_t i, int64_t kv) {
+    ForRows(b, first, count, keys_, values_.data, [&](const Matrix& side, Rows rows, int64_t i, int64_t kv) {
       const int64_t query = Query(kv, 0, 0);
       kernels_.dots(side, rows, QueryAt(b, query), query_, tokens * group_, scores + query * count + i, count);
     });
@@ -155,7 +175,7 @@ class AttendTile {
         std::memset(result + 2, 0, vector_ * sizeof(float));
       }
     }
-    ForRows(b, first, count, arrays_.values, nullptr, [&](const Matrix& side, Rows rows, int64_t i, int64_t kv) {
+    ForRows(b, first, count, values_, nullptr, [&](const Matrix& side, Rows rows, int64_t i, int64_t kv) {
       const auto add = [&](int64_t t, int64_t some, int64_t begin, int64_t end) {
         const int64_t query = Query(kv, t, 0);
         kernels_.weighted(side, {nullptr, rows.first + begin - i, end - begin}, scores + query * count + begin, count,
@@ -174,16 +194,18 @@ class AttendTile {
   // Visits `count` positions from `first` on, a few slots of all heads at a time: body(head's matrix, rows, positions
   // before them, key head). The cache is read front to back, and during the last of them the `next` begins.
   template <class Body>
-  void ForRows(int64_t b, int64_t first, int64_t count, const void* cache, const void* next, Body body) const {
+  void ForRows(int64_t b, int64_t first, int64_t count, const Side& cache, const void* next, Body body) const {
     const int64_t at_once = std::max(kSlotsAtOnce, kBlockBytes / slot_bytes_);
-    const int64_t to_next = reinterpret_cast<intptr_t>(next) - reinterpret_cast<intptr_t>(cache);
+    const int64_t to_next = reinterpret_cast<intptr_t>(next) - reinterpret_cast<intptr_t>(cache.data);
     for (int64_t i = 0, some; i < count; i += some) {
       const int64_t slot = (first + i) % shape_.slots;
       some = std::min({at_once, count - i, shape_.slots - slot});
       const int64_t ahead = i + some < count ? at_once * slot_bytes_ : next ? to_next - i * slot_bytes_ : 0;
       for (int64_t kv = 0; kv < shape_.num_kv_heads; ++kv) {
-        const uint8_t* data = static_cast<const uint8_t*>(cache) + b * shape_.slots * slot_bytes_ + kv * head_bytes_;
-        const Matrix side{shape_.cache_type, data, nullptr, shape_.slots, shape_.head_dim, slot_bytes_, ahead};
+        const uint8_t* data = static_cast<const uint8_t*>(cache.data) + b * shape_.slots * slot_bytes_ + kv * head_bytes_;
+        Matrix side{shape_.cache_type, data, nullptr, shape_.slots, shape_.head_dim, slot_bytes_, ahead};
+        side.group_scale = cache.scales + b * shape_.slots * slot_scales_ + kv * head_scales_;
+        side.group_stride = slot_scales_;
         body(side, Rows{nullptr, slot, some}, i, kv);
       }
     }
@@ -217,7 +239,8 @@ class AttendTile {
   const Attention& shape_;
   const AttentionArrays& arrays_;
   const int64_t first_, size_;
-  int64_t group_, window_, head_bytes_, slot_bytes_, query_, vector_, partial_, blocks_ = 0;
+  const Side keys_, values_;
+  int64_t group_, window_, head_bytes_, slot_bytes_, head_scales_, slot_scales_, query_, vector_, partial_, blocks_ = 0;
   float* queries_;
   float* partials_;
 };

@@ -220,11 +220,18 @@ ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::
   call.check.Expect(start, Element::kI32, {batch});
   call.check.Expect(count, Element::kI32, {batch});
   const Buffer keys = call.Arg("keys"), values = call.Arg("values");
-  if (keys.element != Element::kF32 && keys.element != Element::kBF16 && keys.element != Element::kF16) {
-    call.check.Fail("keys are neither float32, bfloat16 nor float16");
+  const Buffer key_scale = call.Arg("the keys' scale"), value_scale = call.Arg("the values' scale");
+  const bool scaled = keys.element == Element::kI8;
+  if (!scaled && keys.element != Element::kF32 && keys.element != Element::kBF16 && keys.element != Element::kF16) {
+    call.check.Fail("keys are neither float32, bfloat16, float16 nor int8");
   }
   call.check.Expect(keys, keys.element, {batch, -1, num_kv_heads, head_dim});
   call.check.Expect(values, keys.element, keys.dims);
+  const Element scale = scaled ? Element::kBF16 : Element::kF32;
+  std::vector<int64_t> scales{0};
+  if (scaled && keys.dims.size() == 4) scales = {batch, keys.dims[1], num_kv_heads, NumGroups(head_dim)};
+  call.check.Expect(key_scale, scale, scales);
+  call.check.Expect(value_scale, scale, scales);
   if (num_kv_heads < 1 || num_heads % num_kv_heads) {
     call.check.Fail("the " + std::to_string(num_heads) + " heads of q are no multiple of the " +
                     std::to_string(num_kv_heads) + " of k");
@@ -233,7 +240,12 @@ ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::
   float* out = static_cast<float*>(call.Ret("out", Element::kF32, q.dims));
   void* new_keys = call.Ret("new keys", keys.element, keys.dims);
   void* new_values = call.Ret("new values", keys.element, keys.dims);
-  if (new_keys != keys.data || new_values != values.data) call.check.Fail("the cache is not updated in place");
+  void* new_key_scale = call.Ret("the new keys' scale", scale, scales);
+  void* new_value_scale = call.Ret("the new values' scale", scale, scales);
+  if (new_keys != keys.data || new_values != values.data ||
+      (scaled && (new_key_scale != key_scale.data || new_value_scale != value_scale.data))) {
+    call.check.Fail("the cache is not updated in place");
+  }
   if (!call.complete()) return call.Wrong();
   const AttentionArrays arrays{static_cast<const float*>(q.data),
                                static_cast<const float*>(k.data),
@@ -242,6 +254,8 @@ ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::
                                static_cast<const int32_t*>(count.data),
                                new_keys,
                                new_values,
+                               static_cast<uint16_t*>(new_key_scale),
+                               static_cast<uint16_t*>(new_value_scale),
                                out};
   for (int64_t b = 0; b < batch; ++b) {
     if (arrays.start[b] < 0) call.check.Fail("start " + std::to_string(b) + " is negative");
@@ -254,7 +268,8 @@ ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::
   if (!call.ok()) return call.Wrong();
   const Type type = keys.element == Element::kF32    ? Type::kF32
                     : keys.element == Element::kBF16 ? Type::kBF16
-                                                     : Type::kF16;
+                    : keys.element == Element::kF16  ? Type::kF16
+                                                     : Type::kI8x32;
   const Attention shape{batch,  tokens, num_heads, num_kv_heads, head_dim, keys.dims[1], type,
                         window, 1.0f / __builtin_sqrtf(static_cast<float>(head_dim))};
   Attend({BestKernels(), PoolOf(threads)}, shape, arrays);

@@ -35,7 +35,7 @@ struct Kernels {
   // rows are added in blocks of kSumRows, whose coefficients are rounded to 16 bits.
   int64_t (*scratch_size)(const Matrix& w);
   void (*accumulate)(const Matrix& w, Rows rows, const float* coefficients, float* sum, int32_t* scratch);
-  // sums[m] += sum over i of p[m * ldp + i] * row rows[i] of w, one every lds floats arranged; `rows` is no list, w of floats.
+  // sums[m] += sum over i of p[m * ldp + i] * row rows[i] of w, one every lds floats arranged; `rows` is no list, w of floats or kI8x32.
   void (*weighted)(const Matrix& w, Rows rows, const float* p, int64_t ldp, int64_t num_x, float* sums, int64_t lds);
 
   // sums[m] += sum over i of h[m * ldh + i] * row rows[i] of w, of floats, for many vectors: the column_block
@@ -44,6 +44,9 @@ struct Kernels {
                       float* panel, float* sums, int64_t lds);
   int64_t panel_size;
   int64_t column_block;
+
+  // x of n elements as a row of kI8x32 and its scales.
+  void (*quantize_groups)(const float* x, int64_t n, int8_t* codes, uint16_t* scales);
 
   // out = x over its root mean square, times `scale`.
   void (*rms_norm)(const float* x, int64_t n, const float* scale, float eps, float* out);

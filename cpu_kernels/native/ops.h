@@ -81,6 +81,8 @@ struct AttentionArrays {
   const int32_t* count;  // (batch), how many of the tokens exist
   void* keys;            // (batch, slots, num_kv_heads, head_dim), and values
   void* values;
+  uint16_t* key_scale;  // of kI8x32: (batch, slots, num_kv_heads, groups of 32 of head_dim) bfloat16, and those of values
+  uint16_t* value_scale;
   float* out;  // as q
 };
 

@@ -14,6 +14,7 @@ from jsparse.decoding.generate import generate
 from jsparse.decoding.statistics import Statistics
 from jsparse.errors import JsparseError
 from jsparse.executors.select import EXECUTORS
+from jsparse.model.cache import KV_DTYPES
 from jsparse.model.weights import Params
 
 
@@ -33,6 +34,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dense", action="store_true", help="decode densely even where predictors are fitted")
     command.add_argument(
         "--executor", choices=("auto", *EXECUTORS), default="auto", help="what computes; auto takes the first that can"
+    )
+    command.add_argument(
+        "--kv-dtype", choices=KV_DTYPES, help="what keys and values are stored in (default: as the model's embedding)"
     )
 
 
@@ -74,6 +78,7 @@ def _stream(
         stream=True,
         executor=args.executor,
         sparse=False if args.dense else None,
+        kv_dtype=args.kv_dtype,
         on_finish=on_finish,
     )
 

@@ -11,6 +11,7 @@ from jsparse.decoding.sampling import Sampling
 from jsparse.decoding.statistics import Statistics
 from jsparse.errors import JsparseError
 from jsparse.executors.select import select_executor
+from jsparse.model.cache import KV_DTYPES
 from jsparse.model.executor import Executor
 from jsparse.model.parameters import check_params
 from jsparse.model.weights import Params
@@ -36,6 +37,7 @@ def generate(
     executor: str | Executor = "auto",
     sparse: bool | None = None,
     pipeline: str = "sequential",
+    kv_dtype: str | None = None,
     on_finish: Callable[[Statistics], None] | None = None,
 ) -> Any:
     """Continue a prompt, or several at once. Prefill is dense; decoding is sparse where predictors are fitted.
@@ -56,6 +58,8 @@ def generate(
       executor: auto, a name of `jsparse.executors.select.EXECUTORS`, or an `Executor`.
       sparse: True demands fitted predictors, False decodes densely, None is sparse when fitted.
       pipeline: sequential or parallel (see `jsparse.model.ffn.FFNSpec`).
+      kv_dtype: what keys and values are stored in, one of `jsparse.model.cache.KV_DTYPES`; int8 halves what attention
+        reads. None for the dtype of the model's embedding, bfloat16 where that has low-bit rows.
       on_finish: called with the generation's `Statistics` when it has ended.
 
     Returns:
@@ -89,6 +93,8 @@ def generate(
         raise JsparseError(f"executor is {executor!r}; it must be auto, the name of one, or an executor")
     if pipeline not in ("sequential", "parallel"):
         raise JsparseError(f"pipeline is {pipeline!r}; it must be sequential or parallel")
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise JsparseError(f"kv_dtype is {kv_dtype!r}; it must be one of {', '.join(KV_DTYPES)}")
     if sparse and params.predictors is None:
         raise JsparseError("sparse=True needs predictors; fit them with jsparse.fit_predictors or jsparse.calibrate")
     if not is_whole(seed) or not -(2**31) <= seed < 2**31:
@@ -106,6 +112,7 @@ def generate(
             executor=select_executor(executor),
             sparse=params.predictors is not None if sparse is None else sparse,
             pipeline=pipeline,
+            kv_dtype=kv_dtype,
         )
     make = (lambda ids: TextCompletion(params.tokenizer, ids, stops)) if is_text else (lambda ids: TokenCompletion())
     outputs = [make(ids) for ids in prompts]

@@ -160,7 +160,7 @@ def check_finite(caches: Caches, state: SlotState, ended: np.ndarray | bool = Fa
     if not failed.any():
         return
     number = int(np.argmax(failed))
-    damaged = [any(not jnp.isfinite(side[number]).all() for side in (c.keys, c.values)) for c in caches]
+    damaged = [any(not jnp.isfinite(side[number]).all() for side in jax.tree.leaves(cache)) for cache in caches]
     found = "the keys and values of all layers are finite, so this begins behind the last attention"
     if any(damaged):
         found = f"keys and values are not finite from layer {damaged.index(True)} on"
@@ -186,15 +186,17 @@ class Decoding:
         executor: Executor,
         sparse: bool,
         pipeline: str = "sequential",
+        kv_dtype: str | None = None,
     ):
         """Prompts are lists of ids, none empty, each shorter than the context; see `jsparse.generate` for the rest."""
         config = params.config
-        if reason := executor.refuses(config):
+        if reason := executor.refuses(config, kv_dtype):
             raise JsparseError(f"executor {executor.name!r} cannot run this model: {reason}")
         self.model = Model(config, executor, config.ffn_spec(pipeline))
         self._weights, predictors = executor.place(params.weights, params.predictors if sparse else None)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         self._wanted = max_new_tokens
+        self._kv_dtype = kv_dtype or cache_dtype(params.weights.embed)
         self._limit = np.minimum(min(max_new_tokens, config.context_length), config.context_length - lengths)
         counts = np.zeros((config.num_layers, 2), np.int64)
         self.statistics = Statistics(self.model.spec, config.intermediate_size, sparse, counts)
@@ -217,8 +219,7 @@ class Decoding:
         Float16 ends at 65,504, and tokens to come may have larger keys than the prompts: where it may not hold what is
         computed, caches are of float32.
         """
-        dtype = cache_dtype(self._weights.embed)
-        caches, logits = self._prefill_in(prompts, lengths, dtype)
+        caches, logits = self._prefill_in(prompts, lengths, self._kv_dtype)
         return (caches, logits) if caches is not None else self._prefill_in(prompts, lengths, "float32")
 
     def _prefill_in(self, prompts, lengths, dtype: str) -> tuple[Caches | None, Float[Array, "B V"]]:

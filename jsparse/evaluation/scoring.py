@@ -33,15 +33,18 @@ def held_out_rows(params: Params, count: int) -> Int[np.ndarray, "count T"]:
     return np.concatenate([np.full((len(rows), 1), params.config.bos_token_id), rows], axis=1)
 
 
-@partial(jax.jit, static_argnames=("config", "executor"))
+@partial(jax.jit, static_argnames=("config", "executor", "kv_dtype"))
 def teacher_forced(
     weights: Weights,
     predictors: tuple[Predictor, ...] | None,
     row: Int[Array, "T"],
     config: ModelConfig,
     executor: Executor,
+    kv_dtype: str | None = None,
 ) -> tuple[Float[Array, "T V"], Int[Array, "L 3"]]:
     """Log-probabilities after every token of a row, its FFNs sparse where there are predictors.
+
+    Keys and values are stored in `kv_dtype`, or as `wide_cache_dtype` says.
 
     Returns:
       the log-probabilities, and of each layer the neurons predicted, those of them that are active, and all active
@@ -60,7 +63,7 @@ def teacher_forced(
         y, counts = executor.sparse_ffn(flat, ffn, predictors[layer], spec)
         return y[None], jnp.append(jnp.sum(counts, axis=0), active)
 
-    caches = make_caches(config, 1, row.size, wide_cache_dtype(weights.embed))
+    caches = make_caches(config, 1, row.size, kv_dtype or wide_cache_dtype(weights.embed))
     span = jnp.zeros(1, jnp.int32), jnp.full(1, row.size, jnp.int32)
     logits, _, counts = apply(Decoder(config, executor), weights, row[None], *span, feed_forward, caches)
     return jax.nn.log_softmax(logits[0]), jnp.stack(counts)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from jsparse.arrays import Matrix, Rows
 from jsparse.model.attention import attend
-from jsparse.model.cache import LayerCache
+from jsparse.model.cache import LayerCache, quantize_heads
 from jsparse.model.executor import Executor, Split
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.norm import rms_norm
@@ -111,5 +111,9 @@ class KernelExecutor(Executor):
         """As `Executor.attend`; on a GPU XLA takes more tokens than one, whose products fill it."""
         if self.name == "cuda" and q.shape[1] > 1:
             return attend(q, k, v, start, count, cache, window)
-        out, *sides = self._kernels.attend(q, k, v, start, count, cache.keys, cache.values, window=window)
+        scales = () if cache.key_scale is None else (cache.key_scale, cache.value_scale)
+        if self.name == "cuda" and scales:
+            (k, k_scale), (v, v_scale) = quantize_heads(k), quantize_heads(v)
+            scales = k_scale, v_scale, *scales
+        out, *sides = self._kernels.attend(q, k, v, start, count, cache.keys, cache.values, scales, window=window)
         return out, LayerCache(*sides)

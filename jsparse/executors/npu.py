@@ -57,10 +57,12 @@ class Npu(Executor):
 
         return cann_bridge.device(self.device)
 
-    def refuses(self, config: ModelConfig) -> str | None:
+    def refuses(self, config: ModelConfig, kv_dtype: str | None = None) -> str | None:
         """As `Executor.refuses`: the device's own loop has one kind of attention, without a bias on its output."""
-        if reason := super().refuses(config):
+        if reason := super().refuses(config, kv_dtype):
             return reason
+        if self.whole and kv_dtype == "int8":
+            return "kv_dtype is int8, and the decode loop on the device keeps keys and values in floats"
         if self.whole and (config.slides is not None or config.rotates is not None):
             return "its layers differ in their attention, which the decode loop on the device does not follow"
         if self.whole and config.attention_bias == "all":

@@ -58,7 +58,7 @@ def _attend(q, k, v, start, count, cache, window):
     visible = (held >= 0) & (age >= 0)
     if window is not None:
         visible &= age < window
-    keys, values = (side.astype(q.dtype) for side in (cache.keys, cache.values))
+    keys, values = cache.dequantize()
     # By default XLA takes fewer bits of float32 on accelerators.
     with jax.default_matmul_precision("highest"):
         return jax.nn.dot_product_attention(q, keys, values, mask=visible[:, None]), cache

@@ -51,8 +51,8 @@ class Executor(Protocol):
 
     name: str
 
-    def refuses(self, config: ModelConfig) -> str | None:
-        """Why it cannot compute such a model, or None."""
+    def refuses(self, config: ModelConfig, kv_dtype: str | None = None) -> str | None:
+        """Why it cannot compute such a model with keys and values stored so, or None."""
         return config.unimplemented()
 
     def place(self, weights: Weights, predictors: tuple[Predictor, ...] | None) -> tuple[Weights, Any]:

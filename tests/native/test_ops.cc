@@ -87,6 +87,7 @@ struct Stored {
   std::unique_ptr<uint8_t[]> data;
   std::unique_ptr<float[]> scale;
   std::unique_ptr<int8_t[]> codebook;
+  std::vector<uint16_t> group_scale;  // bfloat16
   Matrix view;
   std::vector<double> values;
 
@@ -137,7 +138,16 @@ class Random {
         }
       }
     }
-    s.view = {type, s.data.get(), s.scale.get(), rows, cols, stride, 0, s.codebook.get()};
+    const int64_t groups = NumGroups(cols);
+    for (int64_t i = 0; type == Type::kI8x32 && i < rows * groups; ++i) {
+      const float scale = Whole(4, 12) / 512.0f;
+      uint32_t bits;
+      std::memcpy(&bits, &scale, 4);
+      s.group_scale.push_back(static_cast<uint16_t>(bits >> 16));
+      const int64_t first = i / groups * cols + i % groups * 32;
+      for (int64_t j = 0; j < std::min<int64_t>(32, cols - i % groups * 32); ++j) s.values[first + j] *= scale;
+    }
+    s.view = {type, s.data.get(), s.scale.get(), rows, cols, stride, 0, s.codebook.get(), s.group_scale.data(), groups};
     return s;
   }
 
@@ -159,7 +169,8 @@ class Random {
         return rounded;
       }
       case Type::kF16: return PutHalf(row + 2 * j, Whole(0, 9) ? Whole(11, 16) : 0);
-      case Type::kI8: {
+      case Type::kI8:
+      case Type::kI8x32: {
         const int q = Whole(-127, 127);
         row[j] = static_cast<uint8_t>(static_cast<int8_t>(q));
         return q;
@@ -217,7 +228,7 @@ struct Case {
 };
 
 const Type kTypes[] = {Type::kF32, Type::kBF16, Type::kF16, Type::kI8, Type::kI4, Type::kI4x32};
-const char* const kTypeNames[] = {"f32", "bf16", "f16", "i8", "i4", "i4x32"};
+const char* const kTypeNames[] = {"f32", "bf16", "f16", "i8", "i4", "i4x32", "i8x32"};
 
 // Of an FFN: a down_t of low bits meets hidden values rounded to 16 bits.
 double Tolerance(Type type) { return IsLowBit(type) ? 3e-4 : 1e-5; }
@@ -510,12 +521,39 @@ struct AttendCase {
   AttendCase(Random& random, const Attention& shape, std::vector<int32_t> start, std::vector<int32_t> count)
       : shape(shape), start(std::move(start)), count(std::move(count)) {
     const int64_t row = shape.num_kv_heads * shape.head_dim, tokens = shape.batch * shape.tokens;
-    keys = random.Make(shape.cache_type, shape.batch * shape.slots, row);
-    values = random.Make(shape.cache_type, shape.batch * shape.slots, row);
-    q = random.Vector(tokens * shape.num_heads * shape.head_dim);
-    k.resize(tokens * row), v.resize(tokens * row);
-    for (float& value : k) value = random.Whole(-8, 8) / 4.0f;
-    for (float& value : v) value = random.Whole(-8, 8) / 4.0f;
+    for (Stored* side : {&keys, &values}) {
+      *side = random.Make(shape.cache_type, shape.batch * shape.slots * shape.num_kv_heads, shape.head_dim);
+    }
+    q = random.Steps(tokens * shape.num_heads, shape.head_dim);
+    for (std::vector<float>* side : {&k, &v}) {
+      for (int64_t i = 0; i < tokens * row; ++i) {
+        const bool largest = i % shape.head_dim % 32 == 0;
+        side->push_back((largest ? 127 : random.Whole(-127, 127)) / 64.0f);
+      }
+    }
+  }
+
+  // All that the caches hold.
+  std::vector<uint8_t> Caches() const {
+    std::vector<uint8_t> all;
+    for (const Stored* side : {&keys, &values}) {
+      all.insert(all.end(), side->data.get(), side->data.get() + side->view.rows * side->view.stride);
+      const uint8_t* scales = reinterpret_cast<const uint8_t*>(side->group_scale.data());
+      all.insert(all.end(), scales, scales + 2 * side->group_scale.size());
+    }
+    return all;
+  }
+
+  void SetCaches(const std::vector<uint8_t>& all) {
+    const uint8_t* from = all.data();
+    const auto take = [&from](void* to, int64_t bytes) {
+      std::memcpy(to, from, bytes);
+      from += bytes;
+    };
+    for (Stored* side : {&keys, &values}) {
+      take(side->data.get(), side->view.rows * side->view.stride);
+      take(side->group_scale.data(), 2 * side->group_scale.size());
+    }
   }
 
   // All tokens in one call, or in calls of some tokens.
@@ -542,7 +580,8 @@ struct AttendCase {
       Attention now = shape;
       now.tokens = some;
       Attend(context, now, {now_q.data(), now_k.data(), now_v.data(), now_start.data(), now_count.data(),
-                            keys.data.get(), values.data.get(), now_out.data()});
+                            keys.data.get(), values.data.get(), keys.group_scale.data(), values.group_scale.data(),
+                            now_out.data()});
       for (int64_t b = 0; b < shape.batch; ++b) {
         std::copy(now_out.begin() + b * some * query, now_out.begin() + (b + 1) * some * query,
                   out.begin() + (b * shape.tokens + first) * query);
@@ -572,11 +611,11 @@ struct AttendCase {
             double score = 0;
             for (int64_t i = 0; i < head_dim; ++i) {
               score += shape.scale * q[(token * shape.num_heads + h) * head_dim + i] *
-                       keys.Row(b * shape.slots + slot)[kv * head_dim + i];
+                       keys.Row((b * shape.slots + slot) * shape.num_kv_heads + kv)[i];
             }
             total += std::exp(score);
             for (int64_t i = 0; i < head_dim; ++i) {
-              wanted[i] += std::exp(score) * values.Row(b * shape.slots + slot)[kv * head_dim + i];
+              wanted[i] += std::exp(score) * values.Row((b * shape.slots + slot) * shape.num_kv_heads + kv)[i];
             }
           }
           for (int64_t i = 0; i < head_dim; ++i) wanted[i] /= total;
@@ -593,8 +632,8 @@ void TestAttend(const Case& c) {
   const struct {
     int64_t heads, kv_heads, head_dim, slots, window;
   } shapes[] = {{4, 4, 64, 200, 1 << 20}, {6, 2, 128, 96, 96}, {4, 2, 10, 70, 33},
-                {7, 1, 128, 65, 65}, {10, 2, 64, 65, 65}, {6, 1, 64, 65, 40}};
-  for (Type type : {Type::kF32, Type::kBF16, Type::kF16}) {
+                {7, 1, 128, 65, 65}, {10, 2, 64, 65, 65}, {6, 1, 96, 65, 40}};
+  for (Type type : {Type::kF32, Type::kBF16, Type::kF16, Type::kI8x32}) {
     for (const auto& s : shapes) {
       for (int64_t tokens : {1, 2, 40}) {
         const bool wraps = tokens == 1 || s.window < s.slots;
@@ -603,18 +642,17 @@ void TestAttend(const Case& c) {
         AttendCase f(c.random, shape, {5, last, 7}, {static_cast<int32_t>(tokens + 1) / 2, static_cast<int32_t>(tokens), 0});
         const std::string what = c.name + " attend " + kTypeNames[static_cast<int>(type)] + " " +
                                  std::to_string(s.slots) + " slots, " + std::to_string(tokens) + " tokens";
-        const size_t bytes = RowBytes(type, s.kv_heads * s.head_dim) * shape.batch * s.slots;
-        const std::vector<uint8_t> keys(f.keys.data.get(), f.keys.data.get() + bytes);
-        const std::vector<uint8_t> values(f.values.data.get(), f.values.data.get() + bytes);
+        const std::vector<uint8_t> before = f.Caches();
         const std::vector<float> found = f.Run(c.context(), tokens);
-        const std::vector<uint8_t> new_keys(f.keys.data.get(), f.keys.data.get() + bytes);
-        Expect(!std::memcmp(new_keys.data() + bytes / 3 * 2, keys.data() + bytes / 3 * 2, bytes / 3), what + ": idle rows");
+        const std::vector<uint8_t> after = f.Caches();
+        // The last sequence is idle.
+        const size_t keys = f.keys.view.rows * f.keys.view.stride;
+        Expect(!std::memcmp(after.data() + keys / 3 * 2, before.data() + keys / 3 * 2, keys / 3), what + ": idle rows");
         for (int64_t at_once : {1, 7}) {
-          std::memcpy(f.keys.data.get(), keys.data(), bytes);
-          std::memcpy(f.values.data.get(), values.data(), bytes);
+          f.SetCaches(before);
           const std::vector<float> again = f.Run(c.context(), at_once);
           Expect(!std::memcmp(again.data(), found.data(), found.size() * sizeof(float)), what + ": other bits by parts");
-          Expect(!std::memcmp(f.keys.data.get(), new_keys.data(), bytes), what + ": another cache by parts");
+          Expect(f.Caches() == after, what + ": another cache by parts");
         }
         ExpectClose(found, f.Oracle(), 1e-5, what);
       }
@@ -634,9 +672,11 @@ std::vector<float> Everything(const Kernels& kernels, const Pool& pool) {
   Linear(context, f.x.data(), 3, {f.gate.view, f.up.view, f.down_t.view}, {o.data(), o.data() + 2100, o.data() + 4200});
   y.insert(y.end(), z.begin(), z.end());
   y.insert(y.end(), o.begin(), o.end());
-  AttendCase a(random, {2, 3, 4, 2, 64, 300, Type::kBF16, 1 << 20, 0.3f}, {250, 100}, {3, 2});
-  const std::vector<float> attended = a.Run(context, 3);
-  y.insert(y.end(), attended.begin(), attended.end());
+  for (Type type : {Type::kBF16, Type::kI8x32}) {
+    AttendCase a(random, {2, 3, 4, 2, 64, 300, type, 1 << 20, 0.3f}, {250, 100}, {3, 2});
+    const std::vector<float> attended = a.Run(context, 3);
+    y.insert(y.end(), attended.begin(), attended.end());
+  }
   return y;
 }
 
