@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import cpu_kernels
+from jsparse.arrays import aligned_empty
 
 KEYS = ("engine", "shape", "mode", "dtype", "predicted", "active", "ms", "gbps", "share_of_limit")
 
@@ -37,20 +38,17 @@ class BandwidthProbe:
     def __init__(self, run: Callable[[], float], num_bytes: int):
         self._run, self._num_bytes = run, num_bytes
         self._run()  # compiles
-        self._seconds: list[float] = []
-        self.measure()
 
-    def measure(self) -> None:
-        """One reading; the fastest of all counts, since it is a limit."""
-        self._seconds.append(self._run())
-
-    @property
-    def gbps(self) -> float:
-        return self._num_bytes / min(self._seconds) / 1e9
+    def measure(self) -> float:
+        """One reading."""
+        return self._num_bytes / self._run() / 1e9
 
 
 def cpu_probe() -> BandwidthProbe:
-    data = jnp.ones((1 << 28,), jnp.float32)
+    """Of memory as weights have it: Linux maps arrays of NumPy's in large pages, those of XLA's in small ones."""
+    data = aligned_empty((1 << 28,), np.dtype(np.float32))
+    data[...] = 1
+    data = jax.device_put(data)
     return BandwidthProbe(lambda: seconds(lambda: cpu_kernels.read(data)), data.nbytes)
 
 
@@ -60,25 +58,27 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def interleave(engines: Sequence[Engine], rounds: int, probe: BandwidthProbe) -> list[list[float]]:
-    """Seconds of every engine in every round, the engines and the probe taking turns, after a turn that warms up."""
+def interleave(engines: Sequence[Engine], rounds: int, probe: BandwidthProbe) -> tuple[list[list[float]], list[float]]:
+    """Seconds of every engine in every round, and the probe's readings: all take turns, after a turn that warms up."""
     for engine in engines:
         engine.run()
     timings: list[list[float]] = [[] for _ in engines]
+    readings = []
     for _ in range(rounds):
-        probe.measure()
+        readings.append(probe.measure())
         for engine, taken in zip(engines, timings):
             taken.append(engine.run())
-    return timings
+    return timings, readings
 
 
 def compare(
     title: str, shape: str, engines: Sequence[Engine], rounds: int, probe: BandwidthProbe
 ) -> tuple[list[dict], list[list[float]]]:
     """Time the engines in turns and print the table; returns its rows and every engine's seconds by round."""
-    timings = interleave(engines, rounds, probe)
-    rows = [row(shape, engine, taken, probe.gbps) for engine, taken in zip(engines, timings)]
-    print_rows(f"{shape}: {title}; memory reads at {probe.gbps:.1f} GB/s", rows)
+    timings, readings = interleave(engines, rounds, probe)
+    limit = statistics.median(readings)
+    rows = [row(shape, engine, taken, limit) for engine, taken in zip(engines, timings)]
+    print_rows(f"{shape}: {title}; memory reads at {limit:.1f} GB/s", rows)
     return rows, timings
 
 

@@ -61,10 +61,10 @@ def quantize_heads(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Keys or values (..., H) as an int8 cache stores them, group by group of 32 channels."""
     codes, scale = np.zeros(x.shape, np.int8), np.zeros((*x.shape[:-1], -(-x.shape[-1] // 32)), ml_dtypes.bfloat16)
     for group in range(scale.shape[-1]):
-        part = x[..., 32 * group : 32 * group + 32]
-        scale[..., group] = np.abs(part).max(-1) * np.float32(1 / 127)
+        channels = slice(32 * group, 32 * group + 32)
+        scale[..., group] = np.abs(x[..., channels]).max(-1) * np.float32(1 / 127)
         step = scale[..., group : group + 1].astype(np.float32)
-        codes[..., 32 * group : 32 * group + 32] = np.round(np.divide(part, step, where=step > 0, out=np.zeros_like(part)))
+        codes[..., channels] = np.round(x[..., channels] / np.where(step > 0, step, 1))
     return codes, scale
 
 
