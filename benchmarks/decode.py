@@ -41,9 +41,21 @@ TOKENS = 8
 """Tokens a turn decodes."""
 RESERVED_GB = 4.0
 """Beside the weights: predictors, the KV caches, weights on their way, the bandwidth probe."""
-OTHERS = ("llama.cpp-bf16", "llama.cpp-q8_0", "transformers-bf16")
-BYTES = {"bfloat16": 2.0, "int8": 1.0, "int4": 18 / 32, "bf16": 2.0, "q8_0": 34 / 32}
-"""Per element."""
+OTHERS = ("llama.cpp-bf16", "llama.cpp-q8_0", "llama.cpp-q4_0", "llama.cpp-q4_k_m", "transformers-bf16")
+DEFAULT_OTHERS = ("llama.cpp-bf16", "llama.cpp-q8_0", "transformers-bf16")
+BYTES = {
+    "bfloat16": 2.0,
+    "int8": 1.0,
+    "int4": 18 / 32,
+    "bf16": 2.0,
+    "f16": 2.0,
+    "q8_0": 34 / 32,
+    "q4_0": 18 / 32,
+    "q4_k_m": 20 / 32,
+}
+"""Per element; of q4_k_m about."""
+LLAMA_KV = {"bfloat16": "f16", "int8": "q8_0"}
+"""What llama.cpp stores keys and values in beside ours."""
 
 
 def weights_of(config: jsparse.ModelConfig, layer: random_models.Layer, dtype: str) -> Weights:
@@ -150,10 +162,22 @@ def main() -> None:
         "--dtype", choices=dtypes, nargs="+", default=dtypes[:2], help="weights of jsparse, default: %(default)s"
     )
     parser.add_argument(
-        "--kv-dtype", choices=("bfloat16", "int8"), default="bfloat16", help="of all engines, default %(default)s"
+        "--kv-dtype",
+        choices=tuple(LLAMA_KV),
+        default="bfloat16",
+        help="keys and values of jsparse, default %(default)s",
     )
     parser.add_argument(
-        "--others", choices=OTHERS, nargs="*", default=OTHERS, help="engines beside jsparse, default: all; alone, none"
+        "--others",
+        choices=OTHERS,
+        nargs="*",
+        default=DEFAULT_OTHERS,
+        help="engines beside jsparse, default: %(default)s; alone, none",
+    )
+    parser.add_argument(
+        "--llama-kv-dtype",
+        choices=LLAMA_KV.values(),
+        help="of llama.cpp, default: f16 beside bfloat16 and q8_0 beside int8",
     )
     parser.add_argument("--rounds", type=positive, default=15, help="turns of each engine, default %(default)s")
     args = parser.parse_args()
@@ -174,7 +198,8 @@ def main() -> None:
             raise SystemExit(2)
     probe, results = cpu_probe(), []
     for name, config in configs.items():
-        results += measure(name, config, args.dtype, args.kv_dtype, args.others, args.rounds, probe)
+        kv_dtypes = args.kv_dtype, args.llama_kv_dtype or LLAMA_KV[args.kv_dtype]
+        results += measure(name, config, args.dtype, kv_dtypes, args.others, args.rounds, probe)
     print_json(results)
 
 
@@ -197,11 +222,11 @@ def too_large(config: jsparse.ModelConfig, engines: Sequence[str]) -> str | None
     )
 
 
-def measure(shape, config, dtypes, kv_dtype, others, rounds, probe) -> list[dict]:
-    """The rows of one shape."""
+def measure(shape, config, dtypes, kv_dtypes, others, rounds, probe) -> list[dict]:
+    """The rows of one shape. Keys and values are in the first of two dtypes, those of llama.cpp in the second."""
     points = random_models.operating_points(shape, config)
     layer = random_models.random_layer(config, points[0].rank)
-    caches = [random_caches(config, kv_dtype)]
+    caches = [random_caches(config, kv_dtypes[0])]
     engines = []
     for dtype in dtypes:
         progress(shape, f"jsparse in {dtype}")
@@ -213,9 +238,14 @@ def measure(shape, config, dtypes, kv_dtype, others, rounds, probe) -> list[dict
         for other in others:
             progress(shape, other)
             name, dtype = other.split("-")
-            run = other_engines.make(name, dtype, config, CONTEXT, TOKENS).run
-            read = elements(config) * BYTES[dtype] + cache_bytes(caches[0])
-            engines.append(Engine(name, "dense", dtype, run, read))
+            if name == "transformers":
+                kv_dtype, made = "bf16", other_engines.Transformers(config, CONTEXT, TOKENS)
+                read = elements(config) * BYTES[dtype]
+            else:
+                kv_dtype, made = kv_dtypes[1], other_engines.LlamaCpp(config, dtype, kv_dtypes[1], CONTEXT, TOKENS)
+                read = made.read
+            read += 2 * config.num_layers * config.num_kv_heads * config.head_dim * CONTEXT * BYTES[kv_dtype]
+            engines.append(Engine(name, "dense", dtype, made.run, read))
     return compare(shape, config, engines, rounds, probe)
 
 
@@ -233,9 +263,10 @@ def compare(shape: str, config, engines: list[Engine], rounds: int, probe) -> li
 
 
 def print_speedups(engines: list[Engine], timings: list[list[float]]) -> None:
-    """How many times faster each jsparse row is than each dense row: median of the rounds, and what the bytes allow."""
+    """How many times faster each jsparse row is than each dense row: median of the rounds, its 95% interval, and what
+    the bytes allow."""
     dense = [i for i, engine in enumerate(engines) if engine.mode == "dense"]
-    table = Table(title="times faster than (limit by bytes read)")
+    table = Table(title=f"times faster than, 95% (limit by bytes read); {report.processor()}")
     for column in ("", *(f"{engines[i].name} {engines[i].dtype}" for i in dense)):
         table.add_column(column, justify="right")
     for engine, ours in zip(engines, timings):
@@ -243,10 +274,12 @@ def print_speedups(engines: list[Engine], timings: list[list[float]]) -> None:
             continue
         cells = []
         for i in dense:
-            faster = statistics.median(theirs / own for theirs, own in zip(timings[i], ours))
-            cells.append(f"{faster:.2f} ({engines[i].read / engine.read:.2f})")
+            faster = [theirs / own for theirs, own in zip(timings[i], ours)]
+            low, high = report.interval_of_median(faster)
+            limit = engines[i].read / engine.read
+            cells.append(f"{statistics.median(faster):.2f}, {low:.2f} to {high:.2f} ({limit:.2f})")
         table.add_row(f"{engine.name}, {engine.mode} {engine.dtype}", *cells)
-    Console(width=150).print(table)
+    Console(width=60 + 30 * len(dense)).print(table)
 
 
 if __name__ == "__main__":

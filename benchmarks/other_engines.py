@@ -11,16 +11,16 @@ import numpy as np
 import jsparse
 from benchmarks.report import seconds
 
-
-def make(name: str, dtype: str, config: jsparse.ModelConfig, context: int, tokens: int) -> "LlamaCpp | Transformers":
-    """An engine whose `run` decodes that many tokens around that context and returns the seconds of one."""
-    return LlamaCpp(config, dtype, context, tokens) if name == "llama.cpp" else Transformers(config, context, tokens)
+_FILE_TYPES = {"q4_0": 2, "q4_k_m": 15}
+"""Of files that llama.cpp itself makes of one in bfloat16, which mix types: the head, and more, has more bits."""
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, on a file of random weights."""
+    """llama.cpp through llama-cpp-python, on a file of random weights. `run` decodes that many tokens around that
+    context and returns the seconds of one; `read` is the bytes of the weights that a token reads."""
 
-    def __init__(self, config: jsparse.ModelConfig, dtype: str, context: int, tokens: int):
+    def __init__(self, config: jsparse.ModelConfig, dtype: str, kv_dtype: str, context: int, tokens: int):
+        """`kv_dtype` is f16 or q8_0."""
         import llama_cpp
 
         self._lib, self._tokens, self._begin = llama_cpp, tokens, context - tokens // 2
@@ -29,7 +29,10 @@ class LlamaCpp:
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "random.gguf"
-            write_gguf(path, config, dtype)
+            write_gguf(path, config, "bf16" if dtype in _FILE_TYPES else dtype)
+            if dtype in _FILE_TYPES:
+                path = self._quantize(path, dtype)
+            self.read = read_bytes(path)
             options = llama_cpp.llama_model_default_params()
             options.use_mmap = False
             self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
@@ -37,13 +40,28 @@ class LlamaCpp:
             raise SystemExit("llama.cpp cannot load the file that was written for it")
         options = llama_cpp.llama_context_default_params()
         options.n_ctx = context + tokens + 64
+        if kv_dtype == "q8_0":
+            options.type_k = options.type_v = llama_cpp.GGML_TYPE_Q8_0
+            options.flash_attn_type = 1  # without it values cannot be of few bits
         threads = len(os.sched_getaffinity(0))
         options.n_threads = options.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, options)
+        if not self._context:
+            raise SystemExit(f"llama.cpp makes no context with a KV cache in {kv_dtype}")
         weakref.finalize(self, llama_cpp.llama_model_free, self._model)
         weakref.finalize(self, llama_cpp.llama_free, self._context)  # finalizers run from the last to the first
         for begin in range(0, self._begin, 512):
             self._decode([1] * min(512, self._begin - begin))
+
+    def _quantize(self, path: Path, dtype: str) -> Path:
+        """The file in a type of few bits; the one it is made of is deleted."""
+        options = self._lib.llama_model_quantize_default_params()
+        options.ftype = _FILE_TYPES[dtype]
+        quantized = path.with_name(f"{dtype}.gguf")
+        if self._lib.llama_model_quantize(str(path).encode(), str(quantized).encode(), ctypes.byref(options)):
+            raise SystemExit(f"llama.cpp cannot make a file in {dtype}")
+        path.unlink()
+        return quantized
 
     def _decode(self, ids: list[int]) -> None:
         array = (self._lib.llama_token * len(ids))(*ids)
@@ -60,6 +78,14 @@ class LlamaCpp:
                 self._lib.llama_get_logits(self._context)
 
         return seconds(steps) / self._tokens
+
+
+def read_bytes(path: Path) -> int:
+    """Bytes of a GGUF file's tensors but for the embedding, of which a token reads a row."""
+    import gguf
+
+    tensors = gguf.GGUFReader(path).tensors
+    return sum(int(tensor.n_bytes) for tensor in tensors if tensor.name != "token_embd.weight")
 
 
 def write_gguf(path: Path, config: jsparse.ModelConfig, dtype: str) -> None:

@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import json
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -88,6 +90,23 @@ def row(shape: str, engine: Engine, timings: Sequence[float], limit_gbps: float)
     gbps = engine.read / median / 1e9
     names = engine.name, shape, engine.mode, engine.dtype
     return dict(zip(KEYS, (*names, engine.predicted, engine.active, median * 1e3, gbps, gbps / limit_gbps)))
+
+
+def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of the median of paired measurements, by resampling them."""
+    drawn = np.random.default_rng(0).choice(np.asarray(values), (2000, len(values)))
+    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def processor() -> str:
+    """What /proc/cpuinfo calls it: its name says little in a virtual machine, family and model do."""
+    path = Path("/proc/cpuinfo")
+    entries = dict(line.partition(":")[::2] for line in path.read_text().splitlines()) if path.exists() else {}
+    found = {key.strip(): value.strip() for key, value in entries.items()}
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    return f"{found['model name']}, family {found.get('cpu family', '?')} model {found.get('model', '?')}"
 
 
 def print_rows(title: str, rows: Sequence[dict]) -> None:

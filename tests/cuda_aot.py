@@ -157,10 +157,15 @@ def attention(window: int | None):
     return attend
 
 
-def attention_operands(batch: int, heads: int, kv_heads: int, head_dim: int, struct) -> list:
-    new = [struct(batch, 1, n, head_dim, dtype="float32") for n in (heads, kv_heads, kv_heads)]
-    cache = [struct(batch, 1536, kv_heads, head_dim, dtype="bfloat16")] * 2
-    return [*new, *[struct(batch, dtype="int32")] * 2, *cache]
+def attention_operands(dtype: str, batch: int, heads: int, kv_heads: int, head_dim: int, struct) -> list:
+    new = struct(batch, 1, kv_heads, head_dim, dtype="int8" if dtype == "int8" else "float32")
+    cache = struct(batch, 1536, kv_heads, head_dim, dtype=dtype)
+    query = struct(batch, 1, heads, head_dim, dtype="float32")
+    operands = [query, new, new, *[struct(batch, dtype="int32")] * 2, cache, cache]
+    if dtype != "int8":
+        return operands
+    scales = [struct(batch, slots, kv_heads, -(-head_dim // 32), dtype="bfloat16") for slots in (1, 1536)]
+    return [*operands, tuple(scale for scale in scales for _ in range(2))]
 
 
 def count_kernels(shape: str, layers: int, mesh, struct) -> int:
@@ -207,8 +212,9 @@ def main() -> None:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
         programs = {name: (ffn(case, gpu), operands(case, struct)) for name, case in CASES.items()}
-        for name, window, *sizes in (("attend", None, 1, 32, 32, 128), ("attend_grouped", 500, 4, 28, 4, 96)):
-            programs[name] = attention(window), attention_operands(*sizes, struct)
+        for dtype in ("bfloat16", "int8"):
+            for name, window, *sizes in (("attend", None, 1, 32, 32, 128), ("attend_grouped", 500, 4, 28, 4, 96)):
+                programs[f"{name}_{dtype}"] = attention(window), attention_operands(dtype, *sizes, struct)
         for name, (function, arrays) in programs.items():
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 jax.jit(function).lower(*arrays).compile()

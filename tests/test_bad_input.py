@@ -131,6 +131,8 @@ OPTIONS = {
     "seed text": ({"seed": "a"}, "seed is a"),
     "executor": ({"executor": "tpu"}, "executor 'tpu' does not exist; choose from auto, cuda, cann, cpu, xla"),
     "pipeline": ({"pipeline": "fast"}, "pipeline is 'fast'"),
+    "kv_dtype": ({"kv_dtype": "int4"}, "kv_dtype is 'int4'; it must be one of float32, bfloat16, float16, int8"),
+    "kv_dtype of another type": ({"kv_dtype": ["int8"]}, "kv_dtype is ['int8']"),
     "sparse without predictors": ({"sparse": True}, "sparse=True needs predictors"),
     "empty stop": ({"stop": ["a", ""]}, "a stop string is empty"),
     "stop of numbers": ({"stop": [1]}, "stop"),

@@ -142,6 +142,16 @@ def test_weights_of_4_bits_generate_the_same_tokens(whole):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_keys_and_values_in_int8_are_the_hosts():
+    """The decode loop on the device has none, and says so."""
+    params, options = random_params(TINY), {"max_new_tokens": 20, "kv_dtype": "int8"}
+    expected = jsparse.generate(params, np.arange(20), executor="xla", **options)
+    found = jsparse.generate(params, np.arange(20), executor=on("cpu", whole=False), **options)
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(jsparse.JsparseError, match="kv_dtype is int8, and the decode loop on the device keeps keys"):
+        jsparse.generate(params, np.arange(20), executor=on("cpu"), **options)
+
+
 def test_sampled_tokens_are_those_of_other_executors(fitted):
     options = {"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.9, "seed": 3, "stop": "\n\n\n"}
     expected = jsparse.generate(fitted, [PROMPT, "a = "], executor="xla", **options)

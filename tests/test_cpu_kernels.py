@@ -27,11 +27,11 @@ def matrices(width=16, neurons=24):
     return [jnp.asarray(rng.standard_normal((neurons, width)), jnp.bfloat16) for _ in range(3)]
 
 
-def attend(heads=2, start=0, count=3, window=None):
+def attend(heads=2, start=0, count=3, window=None, dtype=jnp.float32, scales=()):
     """Three tokens of one sequence over a cache of four slots."""
-    q, new, side = jnp.ones((1, 3, heads, 8)), jnp.ones((1, 3, 2, 8)), jnp.ones((1, 4, 2, 8))
+    q, new, side = jnp.ones((1, 3, heads, 8)), jnp.ones((1, 3, 2, 8)), jnp.ones((1, 4, 2, 8), dtype)
     numbers = (jnp.full(1, number, jnp.int32) for number in (start, count))
-    return cpu_kernels.attend(q, new, new, *numbers, side, side, window=window)
+    return cpu_kernels.attend(q, new, new, *numbers, side, side, scales, window=window)
 
 
 @needs_native
@@ -74,6 +74,12 @@ def attend(heads=2, start=0, count=3, window=None):
         (lambda *_: attend(count=4), "attend: count 0 is 4 of 3 tokens"),
         (lambda *_: attend(count=-1), "attend: count 0 is -1 of 3 tokens"),
         (lambda *_: attend(window=0), "attend: window is 0, expected at least 1"),
+        (lambda *_: attend(dtype=jnp.int32), "attend: keys are neither float32, bfloat16, float16 nor int8"),
+        (lambda *_: attend(dtype=jnp.int8), "attend: the keys' scale is float32, expected bfloat16"),
+        (
+            lambda *_: attend(dtype=jnp.int8, scales=(jnp.ones((1, 4, 2, 2), jnp.bfloat16),) * 2),
+            r"attend: the keys' scale has shape \(1, 4, 2, 2\), expected \(1, 4, 2, 1\)",
+        ),
         (
             lambda x, g, u, d: cpu_kernels.sparse_ffn(
                 x, g, u, d, jnp.zeros(24), g[:4], u[:, :4], jnp.zeros(24), route=jnp.ones((2, 5))

@@ -33,6 +33,8 @@ PLAN = (1, 2, 16, 512, 16, 13)
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, sum(PLAN))).astype(np.int32)
 
 
+KV_DTYPES = {"int8": "bfloat16", "int4": "int8"}
+"""What keys and values are stored in where weights have low-bit rows."""
 ALWAYS = (("cpu", "float32"), ("cpu", "bfloat16"), ("cpu", "int4"), ("xla", "float32"))
 """Executors and storages that `make test` runs."""
 
@@ -77,7 +79,7 @@ def run(params: jsparse.Params, executor: Executor, sparse: bool, dtype: str, pl
     model = Model(config, executor, config.ffn_spec())
     weights, predictors = executor.place(params.weights, params.predictors if sparse else None)
     step = jax.jit(partial(forward, model=model, logits="all"), donate_argnums=5)
-    caches = make_caches(config, len(LENGTHS), TOKENS.shape[1], "bfloat16" if dtype.startswith("int") else dtype)
+    caches = make_caches(config, len(LENGTHS), TOKENS.shape[1], KV_DTYPES.get(dtype, dtype))
     at, logits, total = 0, [], 0
     for size in plan:
         start, count = np.full_like(LENGTHS, at), np.clip(LENGTHS - at, 0, size)
@@ -89,7 +91,12 @@ def run(params: jsparse.Params, executor: Executor, sparse: bool, dtype: str, pl
 
 
 BOTH = ("float32", "bfloat16")
-EVERY = {"cpu": (*BOTH, "int8", "int4"), "xla": BOTH, "cuda interpreted": ("float32",), "cann on PyTorch's CPU": BOTH}
+EVERY = {
+    "cpu": (*BOTH, "int8", "int4"),
+    "xla": (*BOTH, "int4"),
+    "cuda interpreted": ("float32", "int4"),
+    "cann on PyTorch's CPU": (*BOTH, "int4"),
+}
 
 
 @pytest.mark.parametrize(("executor", "dtype"), executors(EVERY))
@@ -116,13 +123,15 @@ def test_passes_of_any_size_are_single_steps(config, sparse, executor, dtype):
         assert not side[2].any(), "something was written for an idle sequence"
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize(("executor", "dtype"), executors(dict.fromkeys(EVERY, ("float32",))))
-def test_an_idle_sequence_keeps_its_cache(executor, dtype):
+def test_an_idle_sequence_keeps_its_cache(executor, dtype, kv_dtype):
     params = fitted(WINDOWED, dtype)
     model = Model(WINDOWED, executor, WINDOWED.ffn_spec())
     weights, predictors = executor.place(params.weights, params.predictors)
-    caches = make_caches(WINDOWED, 2, 600, "bfloat16")
-    caches = jax.tree.map(lambda side: jax.random.normal(jax.random.key(0), side.shape).astype(side.dtype), caches)
+    caches = make_caches(WINDOWED, 2, 600, kv_dtype)
+    draw = np.random.default_rng(0).standard_normal
+    caches = jax.tree.map(lambda side: jnp.asarray(10 * draw(side.shape), side.dtype), caches)
     before = [np.asarray(side, np.float32) for side in jax.tree.leaves(caches)]
     for size in (1, 5):
         start, count = np.array([70, 100], np.int32), np.array([0, size], np.int32)
@@ -148,16 +157,17 @@ def test_logits_of_the_last_token_or_none():
 
 
 @pytest.mark.skipif(unavailable("cpu") is not None, reason="there is no native extension")
-def test_a_decode_step_copies_nothing_of_a_caches_shape():
+@pytest.mark.parametrize(("kv_dtype", "prefix"), [("bfloat16", "bf16["), ("int8", "s8[")])
+def test_a_decode_step_copies_nothing_of_a_caches_shape(kv_dtype, prefix):
     params = fitted(WINDOWED, "bfloat16")
     executor = KernelExecutor("cpu")
     model = Model(WINDOWED, executor, WINDOWED.ffn_spec())
     ones = np.ones(1, np.int32)
-    caches = make_caches(WINDOWED, 1, 1024, "bfloat16")
+    caches = make_caches(WINDOWED, 1, 1024, kv_dtype)
     state = initial_state(ones, ones, 0, Sampling.create(CONFIG.vocab_size))
     operands = params.weights, params.predictors, caches, state, jnp.int32(4)
     text = step_chunk.lower(*operands, model=model, draws=True).compile().as_text()
-    shape = "bf16[" + ",".join(map(str, caches[0].keys.shape)) + "]"
+    shape = prefix + ",".join(map(str, caches[0].keys.shape)) + "]"
     assert shape in text
     copies = [line for line in text.splitlines() if " copy(" in line and shape in line.partition(" copy(")[0]]
     assert not copies

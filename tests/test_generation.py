@@ -20,6 +20,8 @@ import jsparse
 from convert import from_huggingface
 from jsparse.decoding.loop import initial_state, prefill_chunk, step_chunk
 from jsparse.decoding.sampling import Sampling, choose, process_logits
+from jsparse.evaluation.scoring import teacher_forced
+from jsparse.executors.select import make_executor, unavailable
 from jsparse.model.weights import Linear, Predictor
 from jsparse.text.tokenizer import Tokenizer
 
@@ -231,6 +233,27 @@ def test_a_short_prompt_is_not_cut_by_a_long_neighbour(tiny):
     of_long, of_short = jsparse.generate(tiny, [long, PROMPT], max_new_tokens=10)
     assert len(of_long) == 3
     np.testing.assert_array_equal(of_short, alone)
+
+
+@pytest.mark.parametrize("executor", ["xla", "cpu"])
+def test_keys_and_values_in_int8(executor, tiny):
+    """Log-probabilities are a little other than over float32 keys and values, and tokens are those of an int8 cache."""
+    if reason := unavailable(executor):
+        pytest.skip(reason)
+    rows = np.random.default_rng(0).integers(0, tiny.config.vocab_size, 60).astype(np.int32)
+    operands = tiny.weights, None, rows, tiny.config, make_executor(executor)
+    exact, rounded, again = (
+        np.asarray(teacher_forced(*operands, dtype)[0]) for dtype in ("float32", "int8", "bfloat16")
+    )
+    kl = np.mean(np.sum(np.exp(exact) * (exact - rounded), axis=1))
+    assert 1e-9 < kl < 1e-4
+    assert (again != rounded).any()
+    options = {"max_new_tokens": 20, "kv_dtype": "int8"}
+    found = jsparse.generate(tiny, [rows[:9], rows], executor=executor, **options)
+    for tokens, prompt in zip(found, (rows[:9], rows)):
+        whole = np.append(prompt, tokens).astype(np.int32)
+        log_p = np.asarray(teacher_forced(tiny.weights, None, whole, tiny.config, make_executor(executor), "int8")[0])
+        np.testing.assert_array_equal(log_p[prompt.size - 1 : -1].argmax(axis=1), tokens)
 
 
 def test_generation_ends_at_the_context_length(tiny):

@@ -110,7 +110,7 @@ def test_kernels_lower_for_cuda_with_no_cuda_wheels(name):
         "    traced = jax.jit(cuda_aot.ffn(case)).trace(*cuda_aot.operands(case, struct))\n"
         "    print(traced.lower(lowering_platforms=('cuda',)).as_text())\n"
     )
-    text = run(["-c", script, "unused"])
+    text = run(["-c", script, "unused", dtype])
     assert text.count("__gpu$xla.gpu.triton") + text.count("triton_kernel_call") == 2
     assert 'name = "predict_gate_up"' in text or "predict_gate_up" in text
     assert "down" in text
@@ -193,14 +193,15 @@ def test_a_decode_step_takes_few_kernels(compiled):
     }
 
 
-def test_attention_lowers_for_cuda_with_no_cuda_wheels():
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_attention_lowers_for_cuda_with_no_cuda_wheels(dtype):
     script = (
-        "import cuda_aot, jax, jax.numpy as jnp\n"
+        "import cuda_aot, jax, jax.numpy as jnp, sys\n"
         "from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh\n"
         "struct = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))\n"
         "device = AbstractDevice('NVIDIA H100', None, 'cuda')\n"
         "with use_abstract_mesh(AbstractMesh((1,), ('x',), abstract_device=device)):\n"
-        "    operands = cuda_aot.attention_operands(4, 28, 4, 96, struct)\n"
+        "    operands = cuda_aot.attention_operands(sys.argv[2], 4, 28, 4, 96, struct)\n"
         "    traced = jax.jit(cuda_aot.attention(500)).trace(*operands)\n"
         "    print(traced.lower(lowering_platforms=('cuda',)).as_text())\n"
     )

@@ -11,7 +11,8 @@ namespace {
 
 // Sums over neurons are taken in this many parts, whatever the number of threads, and the parts in order.
 constexpr int64_t kSlots = 16;
-constexpr int64_t kChunkRows = 48;    // rows of a matrix a thread takes at a time
+constexpr int64_t kChunkRows = 48;    // rows of a matrix a thread takes at a time; or more, of at least so many bytes:
+constexpr int64_t kChunkBytes = 1 << 18;
 constexpr int64_t kFew = 8;           // vectors that take the FFN of a slot's neurons one after another
 constexpr int64_t kFewLowBit = 32;    // the same where down_t is of a low-bit type
 constexpr int64_t kManyVectors = 512;
@@ -61,18 +62,21 @@ class Operands {
   View views_[6] = {};
 };
 
+// Rows of a matrix in a chunk: what is fetched behind its end is seldom what the thread takes next.
+int64_t ChunkRows(const Matrix& w) { return std::max(kChunkRows, kChunkBytes / std::max<int64_t>(1, w.stride)); }
+
 // The rows of several matrices in chunks.
 struct RowChunks {
   explicit RowChunks(const std::vector<Matrix>& matrices) : matrices(matrices) {
-    for (const Matrix& matrix : matrices) total += CeilDiv(matrix.rows, kChunkRows);
+    for (const Matrix& matrix : matrices) total += CeilDiv(matrix.rows, ChunkRows(matrix));
   }
 
   // Which matrix chunk i belongs to, and its rows there.
   std::pair<size_t, Rows> operator[](int64_t i) const {
     size_t which = 0;
-    for (; i >= CeilDiv(matrices[which].rows, kChunkRows); ++which) i -= CeilDiv(matrices[which].rows, kChunkRows);
-    const int64_t first = i * kChunkRows;
-    return {which, {nullptr, first, std::min(kChunkRows, matrices[which].rows - first)}};
+    for (int64_t chunks; i >= (chunks = CeilDiv(matrices[which].rows, ChunkRows(matrices[which]))); ++which) i -= chunks;
+    const int64_t at_once = ChunkRows(matrices[which]), first = i * at_once;
+    return {which, {nullptr, first, std::min(at_once, matrices[which].rows - first)}};
   }
 
   const std::vector<Matrix>& matrices;
@@ -250,9 +254,10 @@ class Features {
   }
 
   void AddPhases(Phases& phases, Operands::View x) {
-    phases.Add(CeilDiv(rank_, kChunkRows), [this, x](int64_t chunk) {
-      const int64_t first = chunk * kChunkRows;
-      const Rows rows{nullptr, first, std::min(kChunkRows, rank_ - first)};
+    const int64_t at_once = ChunkRows(predictor_.a);
+    phases.Add(CeilDiv(rank_, at_once), [this, x, at_once](int64_t chunk) {
+      const int64_t first = chunk * at_once;
+      const Rows rows{nullptr, first, std::min(at_once, rank_ - first)};
       kernels_.dots(predictor_.a, rows, x.x, x.stride, num_x_, values_ + first, rank_);
     });
     phases.Add(num_x_, [this](int64_t m) {
