@@ -110,7 +110,7 @@ def test_kernels_lower_for_cuda_with_no_cuda_wheels(name):
         "    traced = jax.jit(cuda_aot.ffn(case)).trace(*cuda_aot.operands(case, struct))\n"
         "    print(traced.lower(lowering_platforms=('cuda',)).as_text())\n"
     )
-    text = run(["-c", script, "unused", dtype])
+    text = run(["-c", script, "unused"])
     assert text.count("__gpu$xla.gpu.triton") + text.count("triton_kernel_call") == 2
     assert 'name = "predict_gate_up"' in text or "predict_gate_up" in text
     assert "down" in text
@@ -205,7 +205,7 @@ def test_attention_lowers_for_cuda_with_no_cuda_wheels(dtype):
         "    traced = jax.jit(cuda_aot.attention(500)).trace(*operands)\n"
         "    print(traced.lower(lowering_platforms=('cuda',)).as_text())\n"
     )
-    text = run(["-c", script, "unused"])
+    text = run(["-c", script, "unused", dtype])
     assert text.count("__gpu$xla.gpu.triton") + text.count("triton_kernel_call") == 2
     assert "attend" in text
     assert "combine" in text
