@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "ffn": ["--shape", "MiniCPM-1B", "--rounds", "1"],
-    "decode": ["--shape", "MiniCPM-1B", "--layers", "1", "--rounds", "1", "--others"],
+    "decode": ["--shape", "MiniCPM-1B", "--layers", "1", "--rounds", "1", "--kv-dtype", "int8", "--others"],
 }
 
 
