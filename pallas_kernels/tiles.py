@@ -45,6 +45,10 @@ DEFAULTS: dict[str, Tiles] = {
 """By GPU generation, where TABLE has no row. Reckoned, not measured: 32 KB in flight per program where the memory is
 HBM, half of that where it is GDDR and fewer bytes are needed to keep it busy."""
 
+_PACKED = {"rows": 2, "slots": 2, "down_columns": 256}
+"""What differs by default for weights in 4 bits (`uint8`): with more rows at once the codes and scales of a thread take
+more than its 128 registers."""
+
 TABLE: dict[tuple[str, int, int, str], Tiles] = {}
 """By (GPU generation, neurons F, width D, dtype of the weights): rows that `python -m pallas_kernels.tune` printed."""
 
@@ -60,4 +64,5 @@ def choose(neurons: int, width: int, dtype: str, gpu: str | None = None) -> Tile
     gpu = gpu or generation()
     older = [name for name in DEFAULTS if int(name[3:]) <= int(gpu[3:])]
     newest = max(older, default="sm_80", key=lambda name: int(name[3:]))
-    return TABLE.get((gpu, neurons, width, dtype)) or DEFAULTS[newest]
+    default = dataclasses.replace(DEFAULTS[newest], **(_PACKED if dtype == "uint8" else {}))
+    return TABLE.get((gpu, neurons, width, dtype)) or default

@@ -110,7 +110,7 @@ def operands(case: tuple, struct) -> list:
 def ffn(case: tuple, gpu: str | None = None):
     """The sparse FFN of a case as a function of its operands."""
     neurons, width, _, _, dtype, _, kind, parallel = case
-    tiles = choose(neurons, width, dtype, gpu)
+    tiles = choose(neurons, width, "uint8" if dtype.startswith("int4") else dtype, gpu)
 
     def sparse_ffn(*arrays):
         options = activations(KINDS[kind])
