@@ -115,7 +115,7 @@ def attend(
             *[jax.ShapeDtypeStruct((batch, num_heads, splits), jnp.float32)] * 2,
         ],
         aliases={first + i: i for i in range(len(caches))},
-        warps=size // 8,
+        warps=size // (4 if scales else 8),
     )
     return _combine(partial, largest, total)[:, None, :, :head_dim], *caches
 
