@@ -547,7 +547,7 @@ struct AttendCase {
   void SetCaches(const std::vector<uint8_t>& all) {
     const uint8_t* from = all.data();
     const auto take = [&from](void* to, int64_t bytes) {
-      std::memcpy(to, from, bytes);
+      std::copy(from, from + bytes, static_cast<uint8_t*>(to));
       from += bytes;
     };
     for (Stored* side : {&keys, &values}) {
