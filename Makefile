@@ -52,6 +52,7 @@ bench: .venv/bench
 		$$decode --dtype bfloat16 --others llama.cpp-bf16 transformers-bf16; \
 		$$decode --dtype int8 --others llama.cpp-bf16 llama.cpp-q8_0; \
 		$$decode --dtype int8 --others llama.cpp-bf16 --layers 20; \
+		$$decode --dtype int4 --kv-dtype int8 --others llama.cpp-q4_0 llama.cpp-q4_k_m; \
 		$$decode --dtype bfloat16 --others --layers 0; \
 	done
 
