@@ -1,8 +1,8 @@
 """Whole-model decoding at published shapes: `python -m benchmarks.decode [--shape ...] [--layers 8]`.
 
 Random weights with the published sparsity, one sequence, context 1,100, at two operating points: the published one
-(16-bit predictor) and ours (4 bits at a quarter of the width). jsparse dense and sparse in bfloat16 and int8, llama.cpp
-in bf16 and q8_0 on the same shapes, and transformers in PyTorch bfloat16 take turns. A part of the layers lets several
+(16-bit predictor) and ours (4 bits at a quarter of the width). jsparse dense and sparse in bfloat16, int8 and int4,
+llama.cpp on the same shapes, and transformers in PyTorch bfloat16 take turns. A part of the layers lets several
 of them fit in memory together; `--layers 0 --others` runs jsparse alone at full depth.
 """
 
