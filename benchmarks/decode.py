@@ -275,7 +275,7 @@ def print_speedups(engines: list[Engine], timings: list[list[float]]) -> None:
         cells = []
         for i in dense:
             faster = [theirs / own for theirs, own in zip(timings[i], ours)]
-            low, high = report.interval_of_median(faster)
+            low, high = report.interval(faster, np.median)
             limit = engines[i].read / engine.read
             cells.append(f"{statistics.median(faster):.2f}, {low:.2f} to {high:.2f} ({limit:.2f})")
         table.add_row(f"{engine.name}, {engine.mode} {engine.dtype}", *cells)

@@ -6,7 +6,6 @@ such biases: on channels that the rotary embedding turns fastest, and slowest. C
 are left few levels.
 """
 
-import argparse
 import dataclasses
 
 import jax.numpy as jnp
@@ -16,13 +15,12 @@ from rich.progress import track
 from rich.table import Table
 
 import jsparse
-from benchmarks.report import positive, print_json
-from benchmarks.rounding import interval
-from jsparse.evaluation.scoring import held_out_rows, teacher_forced
+from benchmarks.report import interval, print_json
+from benchmarks.rounding import model_and_rows
+from jsparse.evaluation.scoring import teacher_forced
 from jsparse.executors.select import select_executor
 
 BIAS = 100.0
-KV_DTYPES = ("float32", "bfloat16", "int8")
 PAIRS = (("float32", "bfloat16"), ("float32", "int8"), ("bfloat16", "int8"))
 
 
@@ -47,7 +45,7 @@ def divergences(params: jsparse.Params, rows: np.ndarray, name: str) -> dict[tup
     found: dict[tuple[str, str], list[float]] = {pair: [] for pair in PAIRS}
     for row in track(rows, name, console=Console(stderr=True), transient=True):
         operands = params.weights, None, row, params.config, executor
-        log_p = {kv_dtype: np.asarray(teacher_forced(*operands, kv_dtype)[0]) for kv_dtype in KV_DTYPES}
+        log_p = {kv_dtype: np.asarray(teacher_forced(*operands, kv_dtype)[0]) for kv_dtype in {*sum(PAIRS, ())}}
         for first, second in PAIRS:
             kl = np.sum(np.exp(log_p[first]) * (log_p[first] - log_p[second]), axis=-1)
             found[first, second].append(kl.mean())
@@ -55,12 +53,7 @@ def divergences(params: jsparse.Params, rows: np.ndarray, name: str) -> dict[tup
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="default", help="with the shipped model's tokenizer and text")
-    parser.add_argument("--tokens", type=positive, default=20_000, help="at least, default %(default)s")
-    args = parser.parse_args()
-    params = jsparse.load(args.model, dtype="float32")
-    rows = held_out_rows(params, -(-args.tokens // params.config.context_length))
+    params, rows = model_and_rows(__doc__.splitlines()[0])
     half = params.config.head_dim // 2
     models = {
         "as it is": params,

@@ -12,7 +12,7 @@ import jsparse
 from benchmarks.report import seconds
 
 _FILE_TYPES = {"q4_0": 2, "q4_k_m": 15}
-"""Of files that llama.cpp itself makes of one in bfloat16, which mix types: the head, and more, has more bits."""
+"""llama.cpp's codes of the types to which it quantises a bfloat16 file itself; some matrices then have more bits."""
 
 
 class LlamaCpp:

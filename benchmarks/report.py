@@ -18,6 +18,7 @@ from rich.table import Table
 import cpu_kernels
 from jsparse.arrays import aligned_empty
 
+RESAMPLES = 10_000
 KEYS = ("engine", "shape", "mode", "dtype", "predicted", "active", "ms", "gbps", "share_of_limit")
 
 
@@ -47,7 +48,7 @@ class BandwidthProbe:
 
 
 def cpu_probe() -> BandwidthProbe:
-    """Of memory as weights have it: Linux maps arrays of NumPy's in large pages, those of XLA's in small ones."""
+    """A probe that reads large pages, since weights lie in them: Linux gives them to NumPy's arrays, not to XLA's."""
     data = aligned_empty((1 << 28,), np.dtype(np.float32))
     data[...] = 1
     data = jax.device_put(data)
@@ -92,10 +93,10 @@ def row(shape: str, engine: Engine, timings: Sequence[float], limit_gbps: float)
     return dict(zip(KEYS, (*names, engine.predicted, engine.active, median * 1e3, gbps, gbps / limit_gbps)))
 
 
-def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of the median of paired measurements, by resampling them."""
-    drawn = np.random.default_rng(0).choice(np.asarray(values), (2000, len(values)))
-    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+def interval(values: Sequence[float], statistic: Callable = np.mean) -> tuple[float, float]:
+    """The 95% interval of a statistic (NumPy's `mean` or `median`) of measurements, by resampling them."""
+    chosen = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(statistic(np.asarray(values)[chosen], axis=1), (0.025, 0.975))
     return float(low), float(high)
 
 

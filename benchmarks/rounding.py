@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jsparse
-from benchmarks.report import positive, print_json
+from benchmarks.report import interval, positive, print_json
 from jsparse.arrays import Matrix, dequantize
 from jsparse.evaluation.scoring import held_out_rows, teacher_forced
 from jsparse.executors.select import select_executor
@@ -23,7 +23,6 @@ from jsparse.model.parameters import by_path, make_weights, parameters
 from jsparse.model.weights import Weights
 from jsparse.rounding import cast, quantize_groups
 
-RESAMPLES = 10_000
 UNIFORM = jnp.arange(-8, 8, dtype=jnp.int8)
 
 
@@ -80,20 +79,18 @@ def divergences(params: jsparse.Params, weights: Weights, rows: np.ndarray, refe
     return np.asarray(found)
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95% of the means of resampled windows."""
-    chosen = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.quantile(values[chosen].mean(axis=1), (0.025, 0.975))
-    return float(low), float(high)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def model_and_rows(description: str) -> tuple[jsparse.Params, np.ndarray]:
+    """The model that the command line names, in float32, and windows of held-out text with the tokens it asks for."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", nargs="?", default="default", help="with the shipped model's tokenizer and text")
     parser.add_argument("--tokens", type=positive, default=20_000, help="at least, default %(default)s")
     args = parser.parse_args()
     params = jsparse.load(args.model, dtype="float32")
-    rows = held_out_rows(params, -(-args.tokens // params.config.context_length))
+    return params, held_out_rows(params, -(-args.tokens // params.config.context_length))
+
+
+def main() -> None:
+    params, rows = model_and_rows(__doc__.splitlines()[0])
     executor = select_executor()
     exact = [np.asarray(teacher_forced(params.weights, None, row, params.config, executor)[0]) for row in rows]
     results, base = [], None
