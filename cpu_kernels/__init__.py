@@ -35,7 +35,7 @@ UP_ACTIVATIONS = ("none", "linear", "relu")
 """What may be applied to gate and up values, in the order of the native enumerations; `none` where there is no up."""
 _PREFIX = "jsparse_cpu_"
 _IN_PLACE = {5: 1, 6: 2, 7: 3, 8: 4}
-"""Caches and their scales among the operands of `attend`, and among its results."""
+"""The operands of `attend` that it updates in place, caches and their scales, and the results that they become."""
 
 Matrix = jax.Array | tuple[jax.Array, jax.Array]
 
