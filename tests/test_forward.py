@@ -33,7 +33,7 @@ PLAN = (1, 2, 16, 512, 16, 13)
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, sum(PLAN))).astype(np.int32)
 
 
-KV_DTYPES = {"int8": "bfloat16", "int4": "int8"}
+CACHED_IN = {"int8": "bfloat16", "int4": "int8"}
 """What keys and values are stored in where weights have low-bit rows."""
 ALWAYS = (("cpu", "float32"), ("cpu", "bfloat16"), ("cpu", "int4"), ("xla", "float32"))
 """Executors and storages that `make test` runs."""
@@ -79,7 +79,7 @@ def run(params: jsparse.Params, executor: Executor, sparse: bool, dtype: str, pl
     model = Model(config, executor, config.ffn_spec())
     weights, predictors = executor.place(params.weights, params.predictors if sparse else None)
     step = jax.jit(partial(forward, model=model, logits="all"), donate_argnums=5)
-    caches = make_caches(config, len(LENGTHS), TOKENS.shape[1], KV_DTYPES.get(dtype, dtype))
+    caches = make_caches(config, len(LENGTHS), TOKENS.shape[1], CACHED_IN.get(dtype, dtype))
     at, logits, total = 0, [], 0
     for size in plan:
         start, count = np.full_like(LENGTHS, at), np.clip(LENGTHS - at, 0, size)

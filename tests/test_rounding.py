@@ -21,8 +21,8 @@ def error(found, exact) -> float:
 
 
 @pytest.mark.parametrize(("name", "bound"), [("int8", 1e-4), ("int4", 0.03), ("int4:32", 0.01)])
-def test_quantised_rows_round_trip(name, bound):
-    columns = 33
+@pytest.mark.parametrize("columns", [33, 64])
+def test_quantised_rows_round_trip(name, bound, columns):
     values, storage = jax.random.normal(jax.random.key(0), (50, columns)), Storage.parse(name)
     stored = cast(values, name)
     assert stored.shape == (50, columns)
