@@ -46,8 +46,8 @@ DEFAULTS: dict[str, Tiles] = {
 HBM, half of that where it is GDDR and fewer bytes are needed to keep it busy."""
 
 _PACKED = {"rows": 2, "slots": 2, "down_columns": 256}
-"""What differs by default for weights in 4 bits (`uint8`): with more rows at once the codes and scales of a thread take
-more than its 128 registers."""
+"""Weights in 4 bits (`uint8`) have smaller tiles by default, because their codes and scales need registers: with the
+tiles of other weights a thread needs more than 128."""
 
 TABLE: dict[tuple[str, int, int, str], Tiles] = {}
 """By (GPU generation, neurons F, width D, dtype of the weights): rows that `python -m pallas_kernels.tune` printed."""

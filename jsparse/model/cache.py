@@ -77,7 +77,7 @@ class LayerCache:
 
 def quantize_heads(x: Float[Array, "... H"]) -> tuple[Int[Array, "... H"], Float[Array, "... G"]]:
     """Keys or values in int8, and a bfloat16 scale for every 32 channels of a head: the one that takes the largest
-    magnitude to 127. What is not finite has a scale that is not."""
+    magnitude to 127. A group that holds NaN or infinity gets a scale that is NaN or infinite."""
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % GROUP)])
     groups = padded.reshape(*x.shape[:-1], -1, GROUP)
     scale = jnp.max(jnp.abs(groups), axis=-1) * np.float32(1 / 127)
