@@ -70,14 +70,21 @@ def quantize_groups(matrix: Float[Array, "rows columns"], codebook: Int[Array, "
     columns = matrix.shape[1]
     groups = jnp.pad(matrix, ((0, 0), (0, -columns % GROUP))).reshape(len(matrix), -1, GROUP)
     scale, _ = _fit_groups(groups, codebook)
-    scale = jnp.clip(scale, -_LARGEST, _LARGEST).astype(jnp.float16)
-    codes = _nearest(groups, scale.astype(jnp.float32), jnp.asarray(codebook, jnp.float32)).reshape(len(matrix), -1)[
-        :, :columns
-    ]
-    return Rows(join_groups(codes, scale), None, Storage("int4", GROUP), columns, jnp.asarray(codebook, jnp.int8))
+    scale = _round_to_float16(jnp.clip(scale, -_LARGEST, _LARGEST))
+    codes = _nearest(groups, scale, jnp.asarray(codebook, jnp.float32)).reshape(len(matrix), -1)[:, :columns]
+    values = join_groups(codes, scale.astype(jnp.float16))
+    return Rows(values, None, Storage("int4", GROUP), columns, jnp.asarray(codebook, jnp.int8))
 
 
 quantize_groups_jit = jax.jit(quantize_groups)
+
+
+def _round_to_float16(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The nearest number of float16, in float32. Not a cast and back, which XLA may take for nothing: the codes would
+    be those of another scale."""
+    step = float(jnp.finfo(jnp.float16).smallest_subnormal)
+    subnormal = jnp.abs(x) < float(jnp.finfo(jnp.float16).tiny)
+    return jnp.where(subnormal, jnp.round(x / step) * step, jax.lax.reduce_precision(x, 8, 10))
 
 
 def _nearest(groups, scale, codebook):

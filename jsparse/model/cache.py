@@ -81,10 +81,12 @@ def quantize_heads(x: Float[Array, "... H"]) -> tuple[Int[Array, "... H"], Float
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % GROUP)])
     groups = padded.reshape(*x.shape[:-1], -1, GROUP)
     scale = jnp.max(jnp.abs(groups), axis=-1) * np.float32(1 / 127)
-    scale = jnp.where(scale < jnp.finfo(jnp.bfloat16).tiny, 0, scale).astype(jnp.bfloat16)
-    step = scale.astype(jnp.float32)[..., None]
+    scale = jnp.where(scale < jnp.finfo(jnp.bfloat16).tiny, 0, scale)
+    # Not a cast and back, which XLA takes for nothing on a GPU: the codes would be those of another scale.
+    scale = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
+    step = scale[..., None]
     codes = jnp.where((step > 0) & jnp.isfinite(step), jnp.round(groups / step), 0).astype(jnp.int8)
-    return codes.reshape(padded.shape)[..., : x.shape[-1]], scale
+    return codes.reshape(padded.shape)[..., : x.shape[-1]], scale.astype(jnp.bfloat16)
 
 
 def dequantize_heads(side: Shaped[Array, "... H"], scale: Float[Array, "... G"] | None) -> Float[Array, "... H"]:
