@@ -4,6 +4,8 @@
 leaves a softmax of its own; `combine` weighs them by what they leave out.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +20,7 @@ _COMBINED = 32
 """Runs of slots that are added up at once."""
 
 
+@partial(jax.jit, static_argnames="window")
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -55,6 +58,7 @@ def attend(
     size = next((n for n in _SLOTS if batch * num_kv_heads * -(-num_slots // n) >= _PROGRAMS), _SLOTS[-1])
     splits = -(-num_slots // size)
     padded = 1 << (head_dim - 1).bit_length()
+    width = min(_GROUP, padded) if scales else padded
     caches = keys, values, *scales[2:]
     first = 5 + len(scales) // 2  # among the operands
 
@@ -71,27 +75,34 @@ def attend(
         visible = exists & (slots < num_slots) & (age <= now)
         if window is not None:
             visible &= age < window
-        dims = jnp.arange(padded)
+        groups = jnp.arange(padded // width)
+        dims = groups[:, None] * width + jnp.arange(width)[None]
         inside = None if padded == head_dim else dims < head_dim
-        mask = visible[:, None] if inside is None else visible[:, None] & inside[None]
 
-        def take(cache, new_ref, at):
+        def take(cache, new_ref, at, inside):
+            """Slots by `at`: of the cache, but for the newest, which is the token's own."""
+            shape = (size,) + (1,) * at.ndim
+            mask = visible.reshape(shape) if inside is None else visible.reshape(shape) & inside[None]
+            old = load(cache, token, slots.reshape(shape), head, at[None], mask=mask)
             new = load(new_ref, token, head, at, mask=inside).astype(cache.dtype)
-            old = load(cache, token, slots[:, None], head, at[None], mask=mask)
-            return jnp.where((slots == newest)[:, None], new[None], old).astype(jnp.float32)
+            return jnp.where((slots == newest).reshape(shape), new[None], old).astype(jnp.float32)
 
-        head_keys, head_values = (take(cache, new_ref, dims) for cache, new_ref in zip(old, (k_ref, v_ref)))
+        head_keys, head_values = (take(cache, new_ref, dims, inside) for cache, new_ref in zip(old, (k_ref, v_ref)))
         if scales:
-            factors = (take(cache, new_ref, dims // _GROUP) for cache, new_ref in zip(old[2:], new_scales))
-            head_keys, head_values = (side * factor for side, factor in zip((head_keys, head_values), factors))
+            inside_group = None if inside is None else groups * width < head_dim
+            factors = [take(cache, new_ref, groups, inside_group) for cache, new_ref in zip(old[2:], new_scales)]
         for n in range(group):
             query = load(q_ref, token, head * group + n, dims, mask=inside) * head_dim**-0.5
-            scores = jnp.where(visible, jnp.sum(head_keys * query[None], axis=1), -jnp.inf)
+            scores = jnp.sum(head_keys * query[None], axis=2)
+            scores = jnp.sum(scores * factors[0] if scales else scores, axis=1)
+            scores = jnp.where(visible, scores, -jnp.inf)
             largest = jnp.max(scores)
             weights = jnp.where(visible, jnp.exp(scores - largest), 0)
-            store(partial_ref, jnp.sum(weights[:, None] * head_values, axis=0), token, head * group + n, split, dims)
-            largest_ref[token, head * group + n, split] = largest
             total_ref[token, head * group + n, split] = jnp.sum(weights)
+            weights = weights[:, None] * factors[1] if scales else weights[:, None]
+            sums = jnp.sum(weights[:, :, None] * head_values, axis=0)
+            store(partial_ref, sums, token, head * group + n, split, dims)
+            largest_ref[token, head * group + n, split] = largest
 
         @when(exists & (newest // size == split))
         def _():
@@ -115,7 +126,7 @@ def attend(
             *[jax.ShapeDtypeStruct((batch, num_heads, splits), jnp.float32)] * 2,
         ],
         aliases={first + i: i for i in range(len(caches))},
-        warps=size // (4 if scales else 8),
+        warps=size // 8,
     )
     return _combine(partial, largest, total)[:, None, :, :head_dim], *caches
 
