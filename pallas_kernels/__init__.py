@@ -3,13 +3,15 @@
 A matrix argument is an array (rows, columns) of float32, bfloat16 or float16, or low-bit rows `(values, scale)`: values
 (rows, columns) int8, or (rows, ceil(columns / 2)) uint8 with two 4-bit elements per byte (q + 8, the even one in the
 low nibble), and scale (rows, 1) float32; or `(values, codebook)`: two codes of 0 to 15 per byte of uint8, behind them a
-row's float16 scales of every 32 columns, and codebook (16,) int8, which says what a code is. Matrices are (out, in).
-Activations and sums are float32.
+row's float16 scales of every 32 columns, and codebook (16,) int8 or float32, which says what a code is; float32 is
+faster, because a lookup is then all. Matrices are (out, in). Activations and sums are float32.
 
-Lowered for another device than a GPU, the kernels are interpreted: slow, and meant for tests.
+Lowered for another device than a GPU, the kernels are interpreted: slow, and meant for tests. The functions are jitted,
+so that a program of many layers traces and lowers each of them once.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,7 @@ def take_rows(matrix: Matrix, indices: jax.Array, columns: int) -> jax.Array:
     return products.take_rows(matrix, indices, columns)
 
 
+@jax.jit
 def linear(x: jax.Array, *weights: Matrix) -> tuple[jax.Array, ...]:
     """x (B, D) times the transpose of each matrix (out, D): one (B, out) per matrix."""
     return tuple(products.linear(x, weight) for weight in weights)
@@ -57,6 +60,7 @@ def unavailable() -> str | None:
     return None
 
 
+@partial(jax.jit, static_argnames=("activation", "up_activation"))
 def dense_ffn(
     x: jax.Array,
     gate: Matrix,
@@ -82,6 +86,7 @@ def dense_ffn(
     return products.transposed(hidden, down_t, x.shape[1])
 
 
+@partial(jax.jit, static_argnames=("activation", "up_activation", "parallel", "tiles"))
 def sparse_ffn(
     x: jax.Array,
     gate: Matrix,

@@ -6,7 +6,7 @@ predicts, some rows at a time, computes the gate and, where that survives, up; w
 XLA. No kernel waits for another's programs and none uses atomics: the order of every sum is fixed.
 
 A matrix is an array, or `(values, scale)` with a scale per row: values int8, or uint8 with two 4-bit numbers a byte; or
-`(values, codebook)`: 4-bit codes of the int8 codebook (16,), and behind a row's codes a float16 scale per 32 columns.
+`(values, codebook)`: 4-bit codes of the codebook (16,), and behind a row's codes a float16 scale per 32 columns.
 """
 
 import functools
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import grouped
 from pallas_kernels.lowering import call, load, program_id, store, when
 from pallas_kernels.tiles import Tiles
 
@@ -34,7 +35,7 @@ def nibbles(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def is_grouped(matrix) -> bool:
     """Whether a matrix, or its refs, has scales in its rows and a codebook."""
-    return isinstance(matrix, tuple | list) and len(matrix) == 2 and matrix[1].dtype == jnp.int8
+    return isinstance(matrix, tuple | list) and matrix[0].dtype == jnp.uint8 and len(matrix[1].shape) == 1
 
 
 def predict_gate_up(
@@ -157,30 +158,13 @@ def _scores(b: list, features_ref, token: jax.Array, neurons: jax.Array, exists:
 
 def _dot(x_ref, token: jax.Array, columns: int, matrix: list, rows: jax.Array, wanted: jax.Array) -> jax.Array:
     """Some rows of a matrix times the token's x, so many columns at a time; only wanted rows are read."""
-    sums, width = 0.0, x_ref.shape[1]
     if is_grouped(matrix):
-        packed = -(-width // 2)
-        for cols, inside in _chunks(packed, min(columns, _power_of_two(packed))):
-            mask = _all(wanted[:, None], inside)
-            for i, part in enumerate(_grouped(matrix, rows[:, None], cols[None], mask, packed)):
-                of = 2 * cols + i
-                sums += (
-                    part * load(x_ref, token, of, mask=None if inside is None and width % 2 == 0 else of < width)[None]
-                )
-        return jnp.sum(sums, axis=1)
+        return grouped.dot(x_ref, [token], matrix, rows, wanted, -(-columns // 32))[0]
+    sums = 0.0
     for cols, inside in _chunks(x_ref.shape[1], columns):
         weights = load(matrix[0], rows[:, None], cols[None], mask=_all(wanted[:, None], inside))
         sums += weights.astype(jnp.float32) * load(x_ref, token, cols, mask=inside)[None]
     return _scaled(jnp.sum(sums, axis=1), matrix, rows, wanted)
-
-
-def _grouped(matrix: list, rows: jax.Array, cols: jax.Array, mask: jax.Array, packed: int) -> list[jax.Array]:
-    """The even and the odd columns in float32 of some bytes of a matrix whose rows have so many bytes of codes."""
-    values, codebook = matrix
-    codes = load(values, rows, cols, mask=mask).astype(jnp.int32)
-    low, high = (load(values, rows, packed + cols // 16 * 2 + i, mask=mask).astype(jnp.uint16) for i in range(2))
-    scale = jax.lax.bitcast_convert_type(low | high << 8, jnp.float16).astype(jnp.float32)
-    return [load(codebook, code).astype(jnp.float32) * scale for code in (codes & 15, codes >> 4)]
 
 
 def _survivors_first(survives: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -219,7 +203,8 @@ def down(
         program, token = program_id(0), program_id(2)
         lanes = jnp.arange(tiles.groups * tiles.slots)
         group = program * tiles.groups + lanes // tiles.slots
-        cols = program_id(1) * columns + jnp.arange(columns)
+        start = program_id(1) * columns
+        cols = grouped.columns(start, columns)[1] if in_each == 2 else start + jnp.arange(columns)
         inside = None if counted % columns == 0 else cols < counted
         num_survivors = load(counts_ref, token, group, 1, mask=group < blocks)
 
@@ -227,16 +212,19 @@ def down(
             slots = i * tiles.slots + lanes % tiles.slots
             wanted = slots < num_survivors
             rows = load(survivors_ref, token, group, slots, mask=wanted)
-            weight = _scaled(load(hidden_ref, token, group, slots, mask=wanted), down_refs, rows, wanted)
-            mask = _all(wanted[:, None], inside)
+            weight = load(hidden_ref, token, group, slots, mask=wanted)
             if in_each == 2:
-                values = _grouped(down_refs, rows[:, None], cols[None], mask, counted)
+                products = grouped.times_rows(weight, down_refs, rows, wanted, start, columns, width)
             else:
-                values = [load(down_refs[0], rows[:, None], cols[None], mask=mask).astype(jnp.float32)]
-            return [total + weight[:, None] * part for total, part in zip(sums, values)]
+                weight = _scaled(weight, down_refs, rows, wanted)
+                mask = _all(wanted[:, None], inside)
+                products = [
+                    weight[:, None] * load(down_refs[0], rows[:, None], cols[None], mask=mask).astype(jnp.float32)
+                ]
+            return [total + part for total, part in zip(sums, products)]
 
         steps = (jnp.max(num_survivors) + tiles.slots - 1) // tiles.slots
-        sums = jax.lax.fori_loop(0, steps, step, [jnp.zeros((lanes.size, columns), jnp.float32)] * in_each)
+        sums = jax.lax.fori_loop(0, steps, step, [jnp.zeros((lanes.size, *cols.shape), jnp.float32)] * in_each)
 
         @when((program == 0) & (program_id(1) == 0))
         def _():
@@ -278,7 +266,7 @@ def _take(matrix: Matrix, refs: Iterator) -> list:
 
 
 def _scaled(sums: jax.Array, matrix: list, rows: jax.Array, wanted: jax.Array) -> jax.Array:
-    return sums if len(matrix) == 1 or is_grouped(matrix) else sums * load(matrix[1], rows, 0, mask=wanted)
+    return sums if len(matrix) == 1 else sums * load(matrix[1], rows, 0, mask=wanted)
 
 
 def _chunks(width: int, size: int) -> Iterator[tuple[jax.Array, jax.Array | None]]:

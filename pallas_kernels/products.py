@@ -1,10 +1,12 @@
-"""Dense products by XLA: float32 activations times weights that are never widened in memory, but for those with a
-codebook where there are several tokens."""
+"""Dense products: float32 activations times weights that are never widened in memory, but for those with a codebook
+where there are many tokens. Products of a few tokens with these are kernels, all others are XLA's."""
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import grouped, kernels
 from pallas_kernels.kernels import Matrix, is_grouped, nibbles
+from pallas_kernels.tiles import choose
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -16,6 +18,8 @@ def linear(x: jax.Array, weight: Matrix) -> jax.Array:
     operands: x is the sum of a few 16-bit parts, so that the product is a float32 one all the same.
     """
     if is_grouped(weight):
+        if len(x) <= grouped.FEW:
+            return grouped.project(x, weight)
         weight = widened(weight, x.shape[1])
     values, scale = weight if isinstance(weight, tuple) else (weight, None)
     if x.shape[0] == 1:
@@ -50,6 +54,8 @@ def widened(matrix: tuple[jax.Array, jax.Array], columns: int) -> jax.Array:
 
 def transposed(h: jax.Array, weight: Matrix, columns: int) -> jax.Array:
     """h (B, F) times weight (F, columns), (B, columns) float32."""
+    if is_grouped(weight) and len(h) <= grouped.FEW:
+        return _all_down(h, weight, columns)
     if is_grouped(weight):
         weight = widened(weight, columns)
     values, scale = weight if isinstance(weight, tuple) else (weight, None)
@@ -58,6 +64,19 @@ def transposed(h: jax.Array, weight: Matrix, columns: int) -> jax.Array:
         columns = [_split_product(h, part.astype(jnp.int8), 0) for part in nibbles(values)]
         return jnp.stack(columns, axis=-1).reshape(h.shape[0], -1)
     return _split_product(h, values, 0)
+
+
+def _all_down(h: jax.Array, weight: Matrix, columns: int) -> jax.Array:
+    """By the kernel of the sparse FFN, to which all neurons have survived."""
+    batch, num_neurons = h.shape
+    tiles = choose(num_neurons, columns, "uint8")
+    blocks = -(-num_neurons // tiles.neurons)
+    neurons = jnp.arange(blocks * tiles.neurons, dtype=jnp.int32).reshape(blocks, tiles.neurons)
+    kept = jnp.clip(num_neurons - tiles.neurons * jnp.arange(blocks, dtype=jnp.int32), max=tiles.neurons)
+    hidden = jnp.pad(h, ((0, 0), (0, neurons.size - num_neurons))).reshape(batch, *neurons.shape)
+    lists = (jnp.broadcast_to(a, (batch, *a.shape)) for a in (neurons, jnp.stack([kept, kept], axis=1)))
+    survivors, counts = lists
+    return jnp.sum(kernels.down(survivors, hidden, counts, weight, columns, tiles=tiles)[0], axis=1)
 
 
 def _one_token(x: jax.Array, values: jax.Array, scale: jax.Array | None) -> jax.Array:

@@ -89,7 +89,7 @@ CASES = {
 
 def matrix(rows: int, columns: int, dtype: str, struct):
     if dtype == "int4:32":
-        return struct(rows, Storage.parse(dtype).row_bytes(columns), dtype="uint8"), struct(16, dtype="int8")
+        return struct(rows, Storage.parse(dtype).row_bytes(columns), dtype="uint8"), struct(16, dtype="float32")
     if dtype == "int4":
         return struct(rows, -(-columns // 2), dtype="uint8"), struct(rows, 1, dtype="float32")
     if dtype == "int8":
@@ -138,7 +138,7 @@ def resources() -> dict[str, dict[str, int]]:
     found = {}
     for path in sorted(DUMP.glob("*.ptx")):
         text = path.read_text()
-        names = set(re.findall(r"\.entry (predict_gate_up|down|attend|combine)\w*\(", text))
+        names = set(re.findall(r"\.entry (predict_gate_up|down|project|attend|combine)\w*\(", text))
         if names:
             target = re.search(r"\.target (\w+)", text).group(1)
             command = [ptxas(), "-v", f"--gpu-name={target}", str(path), "-o", os.devnull]
@@ -215,6 +215,9 @@ def main() -> None:
         for dtype in ("bfloat16", "int8"):
             for name, window, *sizes in (("attend", None, 1, 32, 32, 128), ("attend_grouped", 500, 4, 28, 4, 96)):
                 programs[f"{name}_{dtype}"] = attention(window), attention_operands(dtype, *sizes, struct)
+        for name, (tokens, width) in {"project": (1, 4096), "project_batch": (8, 4096), "project_odd": (3, 97)}.items():
+            arrays = struct(tokens, width, dtype="float32"), matrix(301, width, "int4:32", struct)
+            programs[name] = pallas_kernels.linear, arrays
         for name, (function, arrays) in programs.items():
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 jax.jit(function).lower(*arrays).compile()

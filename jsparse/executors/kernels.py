@@ -2,7 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
 
 from jsparse.arrays import Matrix, Rows
 from jsparse.model.attention import attend
@@ -10,7 +13,7 @@ from jsparse.model.cache import LayerCache, quantize_heads
 from jsparse.model.executor import Executor, Split
 from jsparse.model.ffn import FFNSpec
 from jsparse.model.norm import rms_norm
-from jsparse.model.weights import FFNWeights, Linear, Predictor
+from jsparse.model.weights import FFNWeights, Linear, Predictor, Weights
 from jsparse.typing import Array, Float, Int
 
 Operand = Array | tuple[Array, Array]
@@ -21,6 +24,17 @@ def operand(matrix: Matrix) -> Operand:
     if not isinstance(matrix, Rows):
         return matrix
     return matrix.values, matrix.scale if matrix.codebook is None else matrix.codebook
+
+
+def with_float_codebooks(tree: Any) -> Any:
+    """The weights with every codebook in float32, where the CUDA kernels then have no conversion to do."""
+
+    def widened(leaf):
+        if not isinstance(leaf, Rows) or leaf.codebook is None:
+            return leaf
+        return dataclasses.replace(leaf, codebook=leaf.codebook.astype(jnp.float32))
+
+    return jax.tree.map(widened, tree, is_leaf=lambda leaf: isinstance(leaf, Rows))
 
 
 def operands(ffn: FFNWeights) -> list[Operand | None]:
@@ -54,6 +68,14 @@ class KernelExecutor(Executor):
         else:
             import pallas_kernels as kernels
         return kernels
+
+    def place(
+        self, weights: Weights, predictors: tuple[Predictor, ...] | None
+    ) -> tuple[Weights, tuple[Predictor, ...] | None]:
+        """As `Executor.place`: for a GPU codebooks are made float32, since its kernels look every weight up in them."""
+        if self.name == "cuda":
+            weights = with_float_codebooks(weights)
+        return weights, predictors
 
     def rows(self, matrix: Matrix, indices: Int[Array, "count"]) -> Float[Array, "count columns"]:
         """As `Executor.rows`."""
