@@ -26,14 +26,14 @@ from benchmarks.report import Engine, print_json
 from jsparse.executors.kernels import KernelExecutor
 
 
-def measure(shape: str, config, dtypes: list[str], others: list[str], rounds: int, probe) -> list[dict]:
+def measure(shape: str, config, dtypes: list[str], kv_dtype: str, others: list[str], rounds: int, probe) -> list[dict]:
     points = random_models.operating_points(shape, config)
     layer = random_models.random_layer(config, points[0].rank)
-    caches, engines = [random_caches(config)], []
+    caches, engines = [random_caches(config, kv_dtype)], []
     for dtype in dtypes:
         progress(shape, f"jsparse in {dtype}")
         weights = weights_of(config, layer, dtype)
-        if dtype != "int8":
+        if dtype in ("float16", "bfloat16") and kv_dtype != "int8":
             plain = JsparseDecoder(config, weights, caches, layer, None, PlainXla())
             engines.append(plain.engine("plain JAX", dtype))
         engines += jsparse_engines(config, weights, caches, layer, points, KernelExecutor("cuda"), dtype)
@@ -55,8 +55,11 @@ def measure(shape: str, config, dtypes: list[str], others: list[str], rounds: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     gpu.add_arguments(parser)
-    choices = ("float16", "bfloat16", "int8")
+    choices = ("float16", "bfloat16", "int8", "int4")
     parser.add_argument("--dtype", choices=choices, nargs="+", default=["float16", "int8"])
+    parser.add_argument(
+        "--kv-dtype", choices=("bfloat16", "int8"), default="bfloat16", help="keys and values of jsparse"
+    )
     parser.add_argument("--others", choices=("eager", "compiled"), nargs="*", default=["eager", "compiled"])
     args = parser.parse_args()
     probe, results = None, []
@@ -64,7 +67,7 @@ def main() -> None:
         probe = probe or gpu.probe()
         config = dataclasses.replace(full, ffn_kind="fatrelu", ffn_threshold=random_models.threshold())
         others = [] if args.interpret else args.others
-        results += measure(shape, config, args.dtype, others, args.rounds, probe)
+        results += measure(shape, config, args.dtype, args.kv_dtype, others, args.rounds, probe)
         print_json(results)
 
 

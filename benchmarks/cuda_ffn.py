@@ -1,6 +1,6 @@
 """One FFN layer's decode step on an NVIDIA GPU: `python -m benchmarks.cuda_ffn [--shape ...] [--interpret]`.
 
-Dense as plain JAX has it, and sparse through the Pallas kernels with the published predictor and ours, against CUDA C
+Dense as plain JAX has it and as jsparse has it, and sparse with the published predictor and ours, against CUDA C
 written by hand (CuPy) and PyTorch. Layers are rotated, so that no weight is in the L2 cache when its turn comes, and a
 program runs all of them several times, so that its launch does not count. One JAX program is timed as a whole, gaps
 between kernels included; CuPy and PyTorch run captured graphs and are timed by events.
@@ -19,23 +19,28 @@ from benchmarks import gpu, random_models
 from benchmarks.plain_xla import PlainXla
 from benchmarks.report import Engine, compare, print_json
 from benchmarks.rotation import nbytes, one_after_another, predictor_for, rotated
-from jsparse.executors.kernels import KernelExecutor
+from jsparse.executors.kernels import KernelExecutor, with_float_codebooks
 from jsparse.model.ffn import KINDS
 
-ROTATED_BYTES = 1.5e9
-"""Weights that are rotated: many times what an L2 cache holds."""
+ROTATED_BYTES = 4e9
+"""Weights that are rotated: a tenth of them is many times what an L2 cache holds."""
 REPEATS = 100
 """Of the layers in one program, so that starting it does not count: a sparse layer takes some 10 microseconds."""
 SPEC = KINDS["fatrelu"]
 EXECUTOR = KernelExecutor("cuda")
 
 
-def engines_of(layer: random_models.Layer, x: jax.Array, points: tuple, dtype: str, repeats: int) -> list[Engine]:
-    """Plain JAX, ours at every operating point beside CUDA C by hand, and PyTorch."""
-    ffn = layer.stored(dtype)
-    alone = rotated((ffn,), ROTATED_BYTES)
-    dense = one_after_another(partial(PlainXla().dense_ffn, spec=SPEC), x, alone, repeats)
-    engines = [Engine("XLA", "dense", dtype, dense, nbytes(ffn))]
+def engines_of(
+    layer: random_models.Layer, x: jax.Array, points: tuple, dtype: str, repeats: int, total: float
+) -> list[Engine]:
+    """Plain JAX, ours dense and at every operating point, this beside CUDA C by hand, and PyTorch; on layers of so many
+    bytes in total."""
+    ffn = with_float_codebooks(layer.stored(dtype))
+    alone = rotated((ffn,), total)
+    engines = []
+    for name, executor in (("XLA", PlainXla()), ("jsparse", EXECUTOR))[dtype == "int4" :]:
+        run = one_after_another(partial(executor.dense_ffn, spec=SPEC), x, alone, repeats)
+        engines.append(Engine(name, "dense", dtype, run, nbytes(ffn)))
 
     def sparse(x, ffn, predictor):
         return EXECUTOR.sparse_ffn(x, ffn, predictor, SPEC)[0]
@@ -45,13 +50,13 @@ def engines_of(layer: random_models.Layer, x: jax.Array, points: tuple, dtype: s
         y, counts = jax.jit(partial(EXECUTOR.sparse_ffn, spec=SPEC))(x, ffn, predictor)
         predicted, active = (np.asarray(counts[0]) / ffn.gate.shape[0]).tolist()
         read = nbytes(ffn) * (predicted + 2 * active) / 3 + nbytes(predictor)
-        layers = rotated((ffn, predictor), ROTATED_BYTES)
+        layers = rotated((ffn, predictor), total)
         run = one_after_another(sparse, x, layers, repeats)
-        made = Engine(f"Pallas, {point.name}", "sparse", dtype, run, read, predicted, active)
+        made = Engine(f"jsparse, {point.name}", "sparse", dtype, run, read, predicted, active)
         engines.append(made)
         if dtype == "float16" and (run := cuda_c_seconds(x, layers, repeats, y)):
             engines.append(dataclasses.replace(made, name=f"CUDA C, {point.name}", run=run))
-    if dtype != "int8" and (run := torch_seconds(x, alone, repeats)):
+    if dtype in ("float16", "bfloat16") and (run := torch_seconds(x, alone, repeats)):
         engines.append(Engine("torch", "dense", dtype, run, nbytes(ffn)))
     return engines
 
@@ -119,7 +124,7 @@ def torch_seconds(x: jax.Array, layers: list[tuple], repeats: int) -> Callable[[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     gpu.add_arguments(parser)
-    choices = ("float16", "bfloat16", "int8")
+    choices = ("float16", "bfloat16", "int8", "int4")
     parser.add_argument("--dtype", choices=choices, nargs="+", default=["float16", "int8"])
     args = parser.parse_args()
     probe, results = None, []
@@ -129,7 +134,7 @@ def main() -> None:
         layer = random_models.random_layer(config, points[0].rank)
         x = jax.random.normal(jax.random.key(0), (1, config.hidden_size))
         for dtype in args.dtype:
-            engines = engines_of(layer, x, points, dtype, 1 if args.interpret else REPEATS)
+            engines = engines_of(layer, x, points, dtype, *((1, 0) if args.interpret else (REPEATS, ROTATED_BYTES)))
             results += compare("one FFN layer, one token", shape, engines, args.rounds, probe)[0]
             print_json(results)
 

@@ -82,7 +82,7 @@ class JsparseDecoder:
 
     def __init__(self, config, weights, caches: list, layer, point: OperatingPoint | None, executor: Executor):
         self._model = Model(config, executor, config.ffn_spec())
-        self._weights, self._caches = weights, caches
+        self._weights, self._caches = executor.place(weights, None)[0], caches
         self._predictors = None
         if point is not None:
             predictor = layer.predictor(point)

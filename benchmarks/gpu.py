@@ -54,9 +54,10 @@ def shapes(args: argparse.Namespace) -> dict[str, jsparse.ModelConfig]:
 
 @jax.jit
 def _read(data: jax.Array) -> jax.Array:
-    return jax.lax.fori_loop(0, PASSES, lambda i, total: total + jnp.sum(data * total), jnp.float32(0))
+    return jax.lax.fori_loop(0, PASSES, lambda i, total: jnp.sum(data + total[:, None], axis=1), data[:, 0])
 
 
 def probe() -> BandwidthProbe:
-    data = jnp.ones((1 << 28,), jnp.float32)
+    """A probe that adds up rows, as a dense product does."""
+    data = jnp.ones((1 << 16, 1 << 12), jnp.float32)
     return BandwidthProbe(lambda: seconds(lambda: _read(data)), PASSES * data.nbytes)

@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "ffn": ["--shape", "MiniCPM-1B", "--rounds", "1"],
     "decode": ["--shape", "MiniCPM-1B", "--layers", "1", "--rounds", "1", "--kv-dtype", "int8", "--others"],
+    "cuda_ffn": ["--interpret", "--rounds", "1", "--dtype", "float16", "int4"],
+    "cuda_decode": ["--interpret", "--rounds", "1", "--dtype", "float16", "int4", "--kv-dtype", "int8"],
 }
 
 
