@@ -16,7 +16,7 @@ from rich.table import Table
 
 import jsparse
 from benchmarks.report import interval, print_json
-from benchmarks.rounding import model_and_rows
+from benchmarks.rounding import model_and_rows, parser
 from jsparse.evaluation.scoring import teacher_forced
 from jsparse.executors.select import select_executor
 
@@ -53,7 +53,7 @@ def divergences(params: jsparse.Params, rows: np.ndarray, name: str) -> dict[tup
 
 
 def main() -> None:
-    params, rows = model_and_rows(__doc__.splitlines()[0])
+    params, rows = model_and_rows(parser(__doc__.splitlines()[0]).parse_args())
     half = params.config.head_dim // 2
     models = {
         "as it is": params,

@@ -1,4 +1,4 @@
-"""What rounding weights costs: `python -m benchmarks.rounding [MODEL] [--tokens 20000]`.
+"""What rounding weights costs: `python -m benchmarks.rounding [MODEL] [--tokens 20000] [--window 512]`.
 
 KL(float32 || rounded) of the next token on text that was not calibrated on, in nats per token, through the CPU
 executor where it runs: ours and llama.cpp's Q4_0 (as the package gguf rounds), of the matrices alone, and of embedding
@@ -50,61 +50,71 @@ def rounded(params: jsparse.Params, rules: dict) -> Weights:
     return make_weights(params.config, leaf)
 
 
-def versions() -> dict[str, dict]:
-    """The rules of every version by its name."""
-
-    def to(storage):
-        return lambda matrix: cast(matrix, storage)
-
-    int4 = {"matrix": to("int4:32")}
-    return {
-        "Q4_0": {"matrix": q4_0, "down_t": transposed(q4_0)},
-        "int4:32 with Q4_0's codebook": {"matrix": lambda m: quantize_groups(dequantize(m), UNIFORM)},
-        "int4:32": int4,
-        "int4:32, down in groups of neurons": int4 | {"down_t": transposed(lambda m: dequantize(cast(m, "int4:32")))},
-        "int4:32, down in int8": int4 | {"down_t": to("int8")},
-        "int4:32, embedding and head int8": int4 | {role: to("int8") for role in ("embed", "head")},
-        "int4:32, embedding and head int4:32": int4 | {role: to("int4:32") for role in ("embed", "head")},
-        "int8": {"matrix": to("int8")},
-    }
+def _to(storage: str):
+    return lambda matrix: cast(matrix, storage)
 
 
-def divergences(params: jsparse.Params, weights: Weights, rows: np.ndarray, reference: list[np.ndarray]) -> np.ndarray:
-    """KL(reference || model) of every row, the mean over its tokens."""
+_INT4 = {"matrix": _to("int4:32")}
+RULES: dict[str, dict] = {
+    "Q4_0": {"matrix": q4_0, "down_t": transposed(q4_0)},
+    "int4:32 with Q4_0's codebook": {"matrix": lambda m: quantize_groups(dequantize(m), UNIFORM)},
+    "int4:32": _INT4,
+    "int4:32, down in groups of neurons": _INT4 | {"down_t": transposed(lambda m: dequantize(cast(m, "int4:32")))},
+    "int4:32, down in int8": _INT4 | {"down_t": _to("int8")},
+    "int4:32, embedding and head int8": _INT4 | {role: _to("int8") for role in ("embed", "head")},
+    "int4:32, embedding and head int4:32": _INT4 | {role: _to("int4:32") for role in ("embed", "head")},
+    "int8": {"matrix": _to("int8")},
+}
+"""How every version rounds what role or name."""
+
+
+def divergences(params: jsparse.Params, rows: np.ndarray, versions: dict[str, Weights]) -> dict[str, np.ndarray]:
+    """KL(params || version) of every row, the mean over its tokens."""
     executor = select_executor()
-    found = []
-    for row, exact in zip(rows, reference):
-        log_p = np.asarray(teacher_forced(weights, None, row, params.config, executor)[0])
-        found.append(np.sum(np.exp(exact) * (exact - log_p), axis=-1).mean())
-    return np.asarray(found)
+    found: dict[str, list[float]] = {name: [] for name in versions}
+    for row in track(rows, "Windows", console=Console(stderr=True), transient=True):
+
+        def log_p(weights, row=row):
+            return np.asarray(teacher_forced(weights, None, row, params.config, executor)[0])
+
+        exact = log_p(params.weights)
+        for name, weights in versions.items():
+            found[name].append(np.sum(np.exp(exact) * (exact - log_p(weights)), axis=-1).mean())
+    return {name: np.asarray(values) for name, values in found.items()}
 
 
-def model_and_rows(description: str) -> tuple[jsparse.Params, np.ndarray]:
-    """The model that the command line names, in float32, and windows of held-out text with the tokens it asks for."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("model", nargs="?", default="default", help="with the shipped model's tokenizer and text")
-    parser.add_argument("--tokens", type=positive, default=20_000, help="at least, default %(default)s")
-    args = parser.parse_args()
+def parser(description: str) -> argparse.ArgumentParser:
+    """What the command line says of a model and a text."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("model", nargs="?", default="default", help="with text of the shipped model, in its own tokens")
+    made.add_argument("--tokens", type=positive, default=20_000, help="at least, default %(default)s")
+    made.add_argument("--window", type=positive, help="tokens of a window, default: the model's context")
+    return made
+
+
+def model_and_rows(args: argparse.Namespace) -> tuple[jsparse.Params, np.ndarray]:
+    """The model in float32, and windows of held-out text with as many tokens as the command line asks for."""
     params = jsparse.load(args.model, dtype="float32")
-    return params, held_out_rows(params, -(-args.tokens // params.config.context_length))
+    window = min(args.window or params.config.context_length, params.config.context_length)
+    return params, held_out_rows(params, -(-args.tokens // window), window)
 
 
 def main() -> None:
-    params, rows = model_and_rows(__doc__.splitlines()[0])
-    executor = select_executor()
-    exact = [np.asarray(teacher_forced(params.weights, None, row, params.config, executor)[0]) for row in rows]
-    results, base = [], None
+    command = parser(__doc__.splitlines()[0])
+    command.add_argument("--rounding", choices=RULES, nargs="+", default=list(RULES), help="default: all")
+    args = command.parse_args()
+    params, rows = model_and_rows(args)
+    made = {name: rounded(params, RULES[name]) for name in {"Q4_0": None} | dict.fromkeys(args.rounding)}
+    divergence = divergences(params, rows, made)
+    results, base = [], divergence["Q4_0"]
     table = Table(title=f"{params.config.name}: {rows.size:,} tokens, KL to float32 in nats per token")
     for column in ("", "KL", "95%", "minus Q4_0's", "95%", "MB of block matrices"):
         table.add_column(column, justify="right")
-    for name, rules in track(versions().items(), "Rounding", console=Console(stderr=True), transient=True):
-        weights = rounded(params, rules)
-        found = divergences(params, weights, rows, exact)
-        base = found if base is None else base
+    for name, found in divergence.items():
         entry = {"rounding": name, "kl": float(found.mean()), "interval": interval(found)}
         entry |= {"difference": float((found - base).mean()), "difference_interval": interval(found - base)}
         results.append(entry)
-        size = sum(leaf.nbytes for path, leaf in by_path(weights).items() if path.startswith("layers"))
+        size = sum(leaf.nbytes for path, leaf in by_path(made[name]).items() if path.startswith("layers"))
         cells = [f"{entry['kl']:.5f}", "{:.5f} to {:.5f}".format(*entry["interval"]), f"{entry['difference']:+.5f}"]
         cells += ["{:+.5f} to {:+.5f}".format(*entry["difference_interval"]), f"{size / 1e6:.2f}"]
         table.add_row(name, *cells)

@@ -24,9 +24,9 @@ def read_lines(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (DEFAULT_MODEL / name).read_text(encoding="utf-8").splitlines()]
 
 
-def held_out_rows(params: Params, count: int) -> Int[np.ndarray, "count T"]:
-    """Windows of held-out code as long as the context, each behind the shipped model's <s>."""
-    width = params.config.context_length - 1
+def held_out_rows(params: Params, count: int, length: int | None = None) -> Int[np.ndarray, "count T"]:
+    """Windows of held-out code, each behind the model's first token: so long, or as long as the context."""
+    width = (length or params.config.context_length) - 1
     texts = [params.tokenizer.encode(entry["text"])[1:] for entry in read_lines("held_out_code.jsonl")]
     windows = [text[i : i + width] for text in texts for i in range(0, len(text) - width + 1, width)]
     rows = np.random.default_rng(0).permutation(np.asarray(windows))[:count]
