@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, random_params
+from conftest import TINY, random_params, stored_as
 from test_generation import byte_tokenizer
 
 import jsparse
@@ -67,6 +67,22 @@ def test_weights_of_every_dtype(dtype, name, tmp_path):
     assert loaded.tokenizer is None
     matrices = [loaded.weights.layers[0].ffn.down_t, loaded.weights.layers[1].attention.q.rows]
     assert {str(storage_of(matrix)) for matrix in matrices} == {"int4:32" if dtype == "int4" else dtype}
+
+
+def test_a_model_is_read_some_arrays_at_a_time(tmp_path, monkeypatch):
+    """Every array by itself, the parts of a low-bit matrix too: read at once they took half as much memory again."""
+    params = stored_as(random_params(TINY), "int4")
+    jsparse.save(params, tmp_path / "model")
+    load_arrays, calls = native._load_arrays, []
+
+    def counted(directory, storage):
+        calls.append(len(storage))
+        return load_arrays(directory, storage)
+
+    monkeypatch.setattr(native, "_load_arrays", counted)
+    monkeypatch.setattr(native, "_PORTION", 1)
+    assert_identical(jsparse.load(tmp_path / "model"), params)
+    assert len(calls) == sum(calls) == len(native.read_manifest(tmp_path / "model")["weights"])
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -226,7 +242,7 @@ def test_a_failure_while_writing_changes_nothing(failure, place, exists, small, 
 LIMITED = """
 import resource, signal, sys
 sys.path[:0] = ["tests"]
-from conftest import TINY, random_params
+from conftest import TINY, random_params, stored_as
 import jsparse
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 params = random_params(TINY)

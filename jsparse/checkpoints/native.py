@@ -42,7 +42,7 @@ from jsparse.text.files import load_tokenizer
 _MANIFEST = "jsparse.json"
 _FORMAT = 2
 _READ = (1, 2)
-_PORTION = 2**29
+_PORTION = 2**27
 _TREES = ("weights", "predictors")
 
 
@@ -225,7 +225,9 @@ def _load_tree(directory: Path, storage: dict[str, dict]) -> dict[str, Matrix]:
     Raises:
       JsparseError: an array cannot be read, or is not what a low-bit matrix has.
     """
-    arrays = _load_arrays(directory, storage)
+    arrays: dict[str, jax.Array] = {}
+    for some in _portions(storage):  # what Orbax reads into takes as much memory again as what it reads at once
+        arrays |= _load_arrays(directory, some)
     leaves: dict[str, Matrix] = {}
     for name, array in arrays.items():
         whole, _, part = name.rpartition("/")
