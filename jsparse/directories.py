@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from jsparse.errors import JsparseError
 _POINTER = b"version https://git-lfs"
 _PLAIN = re.compile(r"[\w ./+,=@~-]*")
 """What no library takes for a pattern, an address or a separator."""
+_PAUSES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 @contextlib.contextmanager
@@ -42,7 +44,17 @@ def replacing_directory(directory: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise JsparseError(f"{directory}: cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
+
+
+def _remove(directory: Path) -> None:
+    """Delete a directory, if it exists. After an error threads of a storage library may still write into it for a
+    moment, so that one attempt may leave something."""
+    for pause in _PAUSES:
+        time.sleep(pause)
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
 
 
 def _set_modes(directory: Path) -> None:

@@ -1,6 +1,8 @@
 """Saved models come back bit for bit; what cannot be saved or read leaves everything as it was and says why."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -8,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from pathlib import Path
 
 import checkpoints
@@ -22,6 +26,7 @@ import jsparse
 from convert import from_huggingface
 from jsparse.arrays import DTYPES, restore_rows, storage_of
 from jsparse.checkpoints import native
+from jsparse.directories import replacing_directory
 from jsparse.model.config import RopeScaling
 
 ROOT = Path(__file__).parents[1]
@@ -237,6 +242,28 @@ def test_a_failure_while_writing_changes_nothing(failure, place, exists, small, 
     assert os.listdir(tmp_path) == (["saved"] if exists else [])
     if exists:
         assert tree(saved) == before
+
+
+def test_what_a_thread_writes_after_the_error_goes_too(tmp_path):
+    """A storage library's threads write on for a moment after one of them has failed."""
+
+    def write(directory: Path) -> None:
+        end = time.monotonic() + 0.3
+        with contextlib.suppress(FileNotFoundError):  # the directory is gone
+            for i in itertools.count():
+                if time.monotonic() > end:
+                    break
+                (directory / f"{i}").mkdir()
+
+    def fail() -> None:
+        with replacing_directory(tmp_path / "saved") as directory:
+            threading.Thread(target=write, args=(directory,)).start()
+            time.sleep(0.1)
+            raise OSError("full")
+
+    with pytest.raises(jsparse.JsparseError, match="cannot be written"):
+        fail()
+    assert os.listdir(tmp_path) == []
 
 
 LIMITED = """
