@@ -6,6 +6,7 @@ of arithmetic solutions.
 
 import argparse
 import dataclasses
+import json
 
 import jax
 import numpy as np

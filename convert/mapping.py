@@ -164,7 +164,12 @@ def _quantize(name: str, tensor: StoredTensor, transposed: bool, storage: Storag
         stored = _finite(name, tensor, (slice(None), rows)).T if transposed else _finite(name, tensor, rows)
         return stored.astype(np.float32)
 
-    return quantize_by_blocks(shape, _blocks(shape), part, storage)
+    try:
+        return quantize_by_blocks(shape, _blocks(shape), part, storage)
+    except ConversionError:
+        raise
+    except ValueError as error:
+        raise ConversionError(f"{tensor.file}: {name} does not fit in {storage}: {error}") from error
 
 
 def _blocks(shape: tuple[int, ...]) -> list[slice]:

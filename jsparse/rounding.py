@@ -27,6 +27,8 @@ _SAMPLE_BLOCKS = 16
 _ROUNDS = 12
 _LARGEST = 65504.0
 """Of float16."""
+_LARGEST_LEVEL = 127
+"""Of a codebook."""
 
 
 def quantize_rows(matrix: Float[Array, "rows columns"], storage: Storage) -> Rows:
@@ -152,6 +154,7 @@ def cast(matrix: Matrix, dtype: str) -> Matrix:
 
     Raises:
       JsparseError: there is no such storage.
+      ValueError: the matrix holds NaN or infinity, or what the scales of a low-bit storage cannot hold.
     """
     storage = Storage.parse(dtype)
     if storage_of(matrix) == storage:
@@ -174,17 +177,33 @@ def cast(matrix: Matrix, dtype: str) -> Matrix:
 def quantize_by_blocks(
     shape: tuple[int, int], blocks: Iterable[slice], part: Callable[[slice], Array], storage: Storage
 ) -> Rows:
-    """A matrix of that shape rounded, of which `part(block)` gives some rows in float32."""
+    """A matrix of that shape rounded, of which `part(block)` gives some rows in float32.
+
+    Raises:
+      ValueError: it holds NaN or infinity, or what the scales of the storage cannot hold.
+    """
     rows, columns = shape
+
+    def checked(block: slice) -> Array:
+        found = part(block)
+        largest = jnp.max(jnp.abs(found), initial=0)
+        if not jnp.isfinite(largest):
+            raise ValueError("it holds NaN or infinity")
+        if storage.group and largest > _LARGEST * _LARGEST_LEVEL:
+            raise ValueError(
+                f"it holds {float(largest):.1e}, and {storage} no more than {_LARGEST * _LARGEST_LEVEL:.1e}"
+            )
+        return found
+
     values = aligned_empty((rows, storage.row_bytes(columns)), np.dtype(np.int8 if storage.bits == 8 else np.uint8))
     if storage.group:
         codebook = fit_codebook(_sample(shape, part))
         for block in blocks:
-            values[block] = quantize_groups_jit(part(block), codebook).values
+            values[block] = quantize_groups_jit(checked(block), codebook).values
         return Rows(jax.device_put(values), None, storage, columns, codebook)
     scale = np.empty((rows, 1), np.float32)
     for block in blocks:
-        quantized = quantize_rows_jit(part(block), storage)
+        quantized = quantize_rows_jit(checked(block), storage)
         values[block], scale[block] = quantized.values, quantized.scale
     return Rows(jax.device_put(values), jnp.asarray(scale), storage, columns)
 

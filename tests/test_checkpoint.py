@@ -403,6 +403,26 @@ def test_damage_is_named(name, saved):
     assert "\n" not in str(caught.value)
 
 
+def test_numbers_that_are_none_are_named(small, tmp_path):
+    """A weight that cannot be rounded, a predictor that would predict nothing, and columns that are a word."""
+    ffn = small.weights.layers[1].ffn
+    broken = dataclasses.replace(small.weights.layers[1], ffn=dataclasses.replace(ffn, up=ffn.up.at[3, 4].set(jnp.nan)))
+    weights = dataclasses.replace(small.weights, layers=(small.weights.layers[0], broken, *small.weights.layers[2:]))
+    jsparse.save(dataclasses.replace(small, weights=weights), tmp_path / "nan")
+    for dtype in ("int8", "int4"):
+        with pytest.raises(jsparse.JsparseError, match=f"layers/1/ffn/up does not fit in {dtype}: it holds NaN"):
+            jsparse.load(tmp_path / "nan", dtype=dtype)
+    fitted = jsparse.fit_predictors(small, TOKENS, rank=4, bits=4)
+    spoilt = dataclasses.replace(fitted.predictors[0], bias=fitted.predictors[0].bias.at[2].set(jnp.nan))
+    jsparse.save(dataclasses.replace(fitted, predictors=(spoilt, *fitted.predictors[1:])), tmp_path / "predictors")
+    with pytest.raises(jsparse.JsparseError, match="0/bias holds NaN"):
+        jsparse.load(tmp_path / "predictors")
+    jsparse.save(fitted, tmp_path / "columns")
+    rewritten(lambda m: m["predictors"]["0/a/values"].update(columns="33"))(tmp_path / "columns")
+    with pytest.raises(jsparse.JsparseError, match="0/a/values has '33' columns of 4 bits"):
+        jsparse.load(tmp_path / "columns")
+
+
 @pytest.mark.parametrize("part", ["weights", "predictors"])
 def test_arrays_of_another_model_are_refused(part, saved, tmp_path):
     other = random_params(dataclasses.replace(SMALL, intermediate_size=64))

@@ -37,6 +37,22 @@ def test_quantised_rows_round_trip(name, bound, columns):
     np.testing.assert_array_equal(dequantize(cast(jnp.zeros((50, columns)), name)), 0)
 
 
+@pytest.mark.parametrize("name", ["int8", "int4", "int4:32"])
+def test_what_cannot_be_rounded_is_refused(name):
+    """One NaN would make the codebook, and with it the whole matrix, zero."""
+    values = np.ones((4, 40), np.float32)
+    for wrong in (np.nan, np.inf, -np.inf):
+        values[2, 7] = wrong
+        with pytest.raises(ValueError, match="it holds NaN or infinity"):
+            cast(jnp.asarray(values), name)
+    values[2, 7] = -1e9
+    if name == "int4:32":
+        with pytest.raises(ValueError, match=r"it holds 1.0e\+09, and int4:32 no more than 8.3e\+06"):
+            cast(jnp.asarray(values), name)
+    else:
+        np.testing.assert_allclose(dequantize(cast(jnp.asarray(values), name))[2, 7], -1e9, rtol=0.2)
+
+
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_rounding_by_blocks_is_that_of_the_whole(name):
     values = jax.random.normal(jax.random.key(0), (50, 33))

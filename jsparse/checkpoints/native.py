@@ -115,6 +115,10 @@ def _problem(manifest: dict[str, Any]) -> str | None:
                 math.prod(map(operator.index, kept["shape"])) * jnp.dtype(kept["dtype"]).itemsize
             except TypeError:
                 return f"{key} is stored as {kept['dtype']!r} {kept['shape']!r}"
+            if any(type(kept[name]) is not int for name in ("bits", "columns") if name in needed):
+                return f"{key} has {kept['columns']!r} columns of {kept['bits']!r} bits"
+            if key.endswith("/values") and len(kept["shape"]) != 2:
+                return f"{key} has the shape {kept['shape']!r}, which is no matrix"
     return None
 
 
@@ -176,6 +180,8 @@ def _predictors(leaves: dict[str, Matrix], path: Path) -> tuple[Predictor, ...]:
         for name, leaf in leaves.items():
             layer, part = name.split("/")
             layers.setdefault(int(layer), {})[part] = leaf
+            if not isinstance(leaf, Rows) and jnp.isnan(leaf).any():
+                raise ValueError(f"{name} holds NaN")
         return tuple(Predictor(**layers[layer]) for layer in sorted(layers))
     except (ValueError, TypeError) as error:
         raise JsparseError(f"{path / _MANIFEST}: does not describe predictors: {error}") from error
@@ -187,7 +193,10 @@ def _cast(weights: dict[str, Matrix], config: ModelConfig, dtype: str) -> None:
         storage = weight_storage(entry.role, dtype)
         if storage is None:
             continue
-        weights[name] = cast(weights[name], str(storage))
+        try:
+            weights[name] = cast(weights[name], str(storage))
+        except ValueError as error:
+            raise JsparseError(f"the weight {name} does not fit in {dtype}: {error}") from error
         if not isinstance(weights[name], Rows) and not jnp.isfinite(weights[name]).all():
             raise JsparseError(f"the weight {name} does not fit in {dtype}; choose bfloat16 or float32")
 

@@ -70,7 +70,7 @@ def default_texts(model: str) -> list[str]:
     """
     if model != "default":
         raise JsparseError(
-            f"{model} comes without calibration text, which only the model named 'default' has: give text like what "
-            "the model will be used on (--prompts FILE)"
+            f"{model} comes without calibration text, which only the shipped model, asked for as 'default', has: give "
+            "text like what the model will be used on (--prompts FILE)"
         )
     return [(DEFAULT_MODEL / "calibration.txt").read_text(encoding="utf-8")]
