@@ -75,7 +75,7 @@ def test_weights_of_every_dtype(dtype, name, tmp_path):
 
 
 def test_a_model_is_read_some_arrays_at_a_time(tmp_path, monkeypatch):
-    """Every array by itself, the parts of a low-bit matrix too: read at once they took half as much memory again."""
+    """The parts of a low-bit matrix in different portions too: all read at once took half as much memory again."""
     params = stored_as(random_params(TINY), "int4")
     jsparse.save(params, tmp_path / "model")
     load_arrays, calls = native._load_arrays, []
@@ -85,9 +85,10 @@ def test_a_model_is_read_some_arrays_at_a_time(tmp_path, monkeypatch):
         return load_arrays(directory, storage)
 
     monkeypatch.setattr(native, "_load_arrays", counted)
-    monkeypatch.setattr(native, "_PORTION", 1)
+    monkeypatch.setattr(native, "_PORTION", sum(leaf.nbytes for leaf in jax.tree.leaves(params.weights)) // 5)
     assert_identical(jsparse.load(tmp_path / "model"), params)
-    assert len(calls) == sum(calls) == len(native.read_manifest(tmp_path / "model")["weights"])
+    assert 4 <= len(calls) <= 6
+    assert sum(calls) == len(native.read_manifest(tmp_path / "model")["weights"])
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
