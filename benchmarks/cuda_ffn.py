@@ -33,12 +33,15 @@ EXECUTOR = KernelExecutor("cuda")
 def engines_of(
     layer: random_models.Layer, x: jax.Array, points: tuple, dtype: str, repeats: int, total: float
 ) -> list[Engine]:
-    """Plain JAX, ours dense and at every operating point, this beside CUDA C by hand, and PyTorch; on layers of so many
-    bytes in total."""
+    """Make the engines: plain JAX, jsparse dense, jsparse and CUDA C by hand at every operating point, and PyTorch.
+
+    They take turns on copies of the layer that have `total` bytes together.
+    """
     ffn = with_float_codebooks(layer.stored(dtype))
     alone = rotated((ffn,), total)
     engines = []
-    for name, executor in (("XLA", PlainXla()), ("jsparse", EXECUTOR))[dtype == "int4" :]:
+    dense = {"jsparse": EXECUTOR} if dtype == "int4" else {"XLA": PlainXla(), "jsparse": EXECUTOR}
+    for name, executor in dense.items():
         run = one_after_another(partial(executor.dense_ffn, spec=SPEC), x, alone, repeats)
         engines.append(Engine(name, "dense", dtype, run, nbytes(ffn)))
 

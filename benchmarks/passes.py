@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+import jsparse
 from benchmarks import random_models
 from benchmarks.report import cpu_probe, positive, print_json, processor
 from benchmarks.rotation import nbytes, one_after_another, rotated
@@ -32,9 +33,61 @@ SPEC = KINDS["fatrelu"]
 
 
 def first_neurons(ffn: FFNWeights, count: int) -> FFNWeights:
-    """The layer of so many neurons, in memory of its own."""
+    """Copy the layer's first neurons into memory of their own."""
     few = jax.tree.map(lambda leaf: leaf[:count] if len(leaf) == len(ffn.threshold) else leaf, ffn)
     return jax.tree.map(random_models.copy, few)
+
+
+def measure(config: jsparse.ModelConfig, layer: random_models.Layer, dtype: str, rounds: int, probe) -> list[dict]:
+    """Time the passes in turns; an entry for every number of tokens."""
+    ffn, step = layer.stored(dtype), partial(select_executor("cpu").dense_ffn, spec=SPEC)
+    layers, cached = rotated((ffn,), ROTATED_BYTES), [(first_neurons(ffn, CACHED_NEURONS),)]
+    inputs = {n: jax.random.normal(jax.random.key(n), (n, config.hidden_size)) for n in TOKENS}
+    passes = {n: one_after_another(step, x, layers) for n, x in inputs.items()}
+    of_cached = {n: one_after_another(step, x, cached, CACHED_REPEATS) for n, x in inputs.items()}
+    for run in (*passes.values(), *of_cached.values()):
+        run()  # compiles
+    seconds: dict[int, list[float]] = {n: [] for n in TOKENS}
+    seconds_cached: dict[int, list[float]] = {n: [] for n in TOKENS}
+    readings = []
+    for _ in track(range(rounds), dtype, console=Console(stderr=True), transient=True):
+        for n in TOKENS:
+            readings.append(probe.measure())
+            seconds[n].append(passes[n]())
+            seconds_cached[n].append(of_cached[n]())
+    of_neuron = 3 * config.hidden_size  # multiply-adds for a token
+    median = {n: statistics.median(seconds[n]) for n in TOKENS}
+    rate = {n: n * CACHED_NEURONS * of_neuron / statistics.median(seconds_cached[n]) for n in TOKENS}
+    adds = {n: n * config.intermediate_size * of_neuron for n in TOKENS}
+    peak = max(*rate.values(), *(adds[n] / median[n] for n in TOKENS))
+    gbps = statistics.median(readings)
+    reading = nbytes(ffn) / gbps / 1e9
+    return [
+        {
+            "dtype": dtype,
+            "tokens": n,
+            "gbps": gbps,
+            "peak": peak,
+            "ms": median[n] * 1e3,
+            "reading_ms": reading * 1e3,
+            "computing_ms": adds[n] / peak * 1e3,
+            "times_the_larger": median[n] / max(reading, adds[n] / peak),
+            "share_of_peak": rate[n] / peak,
+        }
+        for n in TOKENS
+    ]
+
+
+def print_table(shape: str, entries: list[dict]) -> None:
+    first = entries[0]
+    memory, peak = f"memory at {first['gbps']:.1f} GB/s", f"{first['peak'] / 1e9:.0f} G multiply-adds a second"
+    table = Table(title=f"{shape}, {first['dtype']}: {memory}, {peak}")
+    for column in ("tokens", "ms", "reading", "multiply-adds", "times the larger", "of the peak in a cache"):
+        table.add_column(column, justify="right")
+    for entry in entries:
+        cells = (f"{entry[key]:.2f}" for key in ("ms", "reading_ms", "computing_ms", "times_the_larger"))
+        table.add_row(str(entry["tokens"]), *cells, f"{entry['share_of_peak']:.0%}")
+    Console(width=110).print(table)
 
 
 def main() -> None:
@@ -43,51 +96,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "int8", "int4"), nargs="+", default=["int8", "int4"])
     parser.add_argument("--rounds", type=positive, default=15, help="turns of each pass, default %(default)s")
     args = parser.parse_args()
-    config, executor, probe, results = SHAPES[args.shape], select_executor("cpu"), cpu_probe(), []
+    config, probe, results = SHAPES[args.shape], cpu_probe(), []
     layer = random_models.random_layer(config, leading_rank=config.hidden_size // 16)
-    inputs = {n: jax.random.normal(jax.random.key(n), (n, config.hidden_size)) for n in TOKENS}
-    step = partial(executor.dense_ffn, spec=SPEC)
     for dtype in args.dtype:
-        ffn = layer.stored(dtype)
-        layers = rotated((ffn,), ROTATED_BYTES)
-        cached = [(first_neurons(ffn, CACHED_NEURONS),)]
-        passes = {n: one_after_another(step, x, layers) for n, x in inputs.items()}
-        peaks = {n: one_after_another(step, x, cached, CACHED_REPEATS) for n, x in inputs.items()}
-        for run in (*passes.values(), *peaks.values()):
-            run()  # compiles
-        taken: dict[int, list[float]] = {n: [] for n in TOKENS}
-        rates: dict[int, list[float]] = {n: [] for n in TOKENS}
-        readings = []
-        for _ in track(range(args.rounds), dtype, console=Console(stderr=True), transient=True):
-            for n in TOKENS:
-                readings.append(probe.measure())
-                taken[n].append(passes[n]())
-                rates[n].append(3 * n * CACHED_NEURONS * config.hidden_size / peaks[n]())
-        gbps = statistics.median(readings)
-        adds = 3 * config.intermediate_size * config.hidden_size  # multiply-adds of a token
-        whole = (n * adds / statistics.median(taken[n]) for n in TOKENS)
-        peak = max(*map(statistics.median, rates.values()), *whole)
-        reading = nbytes(ffn) / gbps / 1e9
-        table = Table(
-            title=f"{args.shape}, {dtype}: memory at {gbps:.1f} GB/s, {peak / 1e9:.0f} G multiply-adds a second"
-        )
-        for column in ("tokens", "ms", "reading", "multiply-adds", "times the larger", "of the peak in a cache"):
-            table.add_column(column, justify="right")
-        for n in TOKENS:
-            median, computing = (
-                statistics.median(taken[n]),
-                3 * n * config.intermediate_size * config.hidden_size / peak,
-            )
-            entry = {"shape": args.shape, "dtype": dtype, "tokens": n, "ms": median * 1e3}
-            entry |= {"reading_ms": reading * 1e3, "computing_ms": computing * 1e3}
-            entry |= {
-                "times_the_larger": median / max(reading, computing),
-                "share_of_peak": statistics.median(rates[n]) / peak,
-            }
-            results.append(entry)
-            cells = (f"{entry[key]:.2f}" for key in ("ms", "reading_ms", "computing_ms", "times_the_larger"))
-            table.add_row(str(n), *cells, f"{entry['share_of_peak']:.0%}")
-        Console(width=110).print(table)
+        entries = measure(config, layer, dtype, args.rounds, probe)
+        print_table(args.shape, entries)
+        results += [{"shape": args.shape, **entry} for entry in entries]
     print(processor())
     print_json(results)
 

@@ -65,7 +65,7 @@ RULES: dict[str, dict] = {
     "int4:32, embedding and head int4:32": _INT4 | {role: _to("int4:32") for role in ("embed", "head")},
     "int8": {"matrix": _to("int8")},
 }
-"""How every version rounds what role or name."""
+"""Versions by name: each maps roles or names of matrices to the function that rounds them."""
 
 
 def divergences(params: jsparse.Params, rows: np.ndarray, versions: dict[str, Weights]) -> dict[str, np.ndarray]:
@@ -84,7 +84,7 @@ def divergences(params: jsparse.Params, rows: np.ndarray, versions: dict[str, We
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """What the command line says of a model and a text."""
+    """Make a parser of the arguments that choose a model and its text."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("model", nargs="?", default="default", help="with text of the shipped model, in its own tokens")
     made.add_argument("--tokens", type=positive, default=20_000, help="at least, default %(default)s")
@@ -93,7 +93,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def model_and_rows(args: argparse.Namespace) -> tuple[jsparse.Params, np.ndarray]:
-    """The model in float32, and windows of held-out text with as many tokens as the command line asks for."""
+    """Load the model in float32, and windows of held-out text with as many tokens as the command line asks for."""
     params = jsparse.load(args.model, dtype="float32")
     window = min(args.window or params.config.context_length, params.config.context_length)
     return params, held_out_rows(params, -(-args.tokens // window), window)
@@ -104,7 +104,7 @@ def main() -> None:
     command.add_argument("--rounding", choices=RULES, nargs="+", default=list(RULES), help="default: all")
     args = command.parse_args()
     params, rows = model_and_rows(args)
-    made = {name: rounded(params, RULES[name]) for name in {"Q4_0": None} | dict.fromkeys(args.rounding)}
+    made = {name: rounded(params, RULES[name]) for name in dict.fromkeys(["Q4_0", *args.rounding])}
     divergence = divergences(params, rows, made)
     results, base = [], divergence["Q4_0"]
     table = Table(title=f"{params.config.name}: {rows.size:,} tokens, KL to float32 in nats per token")

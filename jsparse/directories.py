@@ -18,6 +18,7 @@ _POINTER = b"version https://git-lfs"
 _PLAIN = re.compile(r"[\w ./+,=@~-]*")
 """What no library takes for a pattern, an address or a separator."""
 _PAUSES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+"""Seconds before each attempt to remove a directory."""
 
 
 @contextlib.contextmanager

@@ -26,9 +26,9 @@ _SAMPLE_ELEMENTS = 1 << 18
 _SAMPLE_BLOCKS = 16
 _ROUNDS = 12
 _LARGEST = 65504.0
-"""Of float16."""
+"""Largest number of float16."""
 _LARGEST_LEVEL = 127
-"""Of a codebook."""
+"""Largest magnitude in a codebook."""
 
 
 def quantize_rows(matrix: Float[Array, "rows columns"], storage: Storage) -> Rows:

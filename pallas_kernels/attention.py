@@ -80,7 +80,7 @@ def attend(
         inside = None if padded == head_dim else dims < head_dim
 
         def take(cache, new_ref, at, inside):
-            """Slots by `at`: of the cache, but for the newest, which is the token's own."""
+            """Load the slots' elements `at` from the cache, and those of the newest slot from the token itself."""
             shape = (size,) + (1,) * at.ndim
             mask = visible.reshape(shape) if inside is None else visible.reshape(shape) & inside[None]
             old = load(cache, token, slots.reshape(shape), head, at[None], mask=mask)

@@ -7,70 +7,94 @@ import jax.numpy as jnp
 from pallas_kernels.lowering import call, load, program_id, store
 
 _BYTES = 16
-"""Of the codes that share a scale."""
+"""Bytes of codes that share a scale."""
 FEW = 8
-"""Most tokens that `project` takes; for each it holds sums in registers."""
-_GROUPS, _WARPS = 32, 4
-"""Of a row, a program of `project` reads so many groups at a time."""
+"""Most tokens that `project` takes: it holds the sums of each in registers."""
+_GROUPS = 32
+"""Groups of a row that a program of `project` reads at once."""
+_WARPS = 4
 
 
 def dot(
     x_ref, tokens: list[jax.Array], matrix: list, rows: jax.Array, wanted: jax.Array, groups: int
 ) -> list[jax.Array]:
-    """Some rows (R,) of a matrix times x of each token, one (R,) for each; only wanted rows are read, so many groups
-    of each at a time."""
-    values, codebook = matrix
+    """Multiply rows of a matrix with x of each token.
+
+    Args:
+      x_ref: (B, D).
+      tokens: indices into it.
+      matrix: the refs of values and codebook.
+      rows, wanted: (R,), and which of them are read.
+      groups: of each row that are read at once.
+
+    Returns:
+      The products (R,) of every token.
+    """
     width = x_ref.shape[1]
-    packed, count = -(-width // 2), -(-width // 32)
+    count = -(-width // 32)
     groups = min(groups, 1 << (count - 1).bit_length())
     sums = [0.0 for _ in tokens]
     for start in range(0, count, groups):
-        first, cols = columns(start * _BYTES, groups * _BYTES)
-        inside = None if 32 * (start + groups) <= width else cols < packed
-        mask, scale_mask = wanted[:, None, None], wanted[:, None]
-        if inside is not None:
-            mask, scale_mask = mask & inside[None], scale_mask & (first < packed)[None]
-        codes = load(values, rows[:, None, None], cols[None], mask=mask).astype(jnp.int32)
-        scale = scales(values, rows[:, None], packed + first[None] // _BYTES * 2, scale_mask)
-        even, odd = (load(codebook, code).astype(jnp.float32) for code in (codes & 15, codes >> 4))
+        whole = 32 * (start + groups) <= width
+        even, odd, scale, cols = _read(matrix, rows, wanted, start * _BYTES, groups * _BYTES, width, whole)
+        masks = (None, None) if whole else (cols < -(-width // 2), 2 * cols + 1 < width)
         for i, token in enumerate(tokens):
-            x_even = load(x_ref, token, 2 * cols, mask=inside)
-            x_odd = load(x_ref, token, 2 * cols + 1, mask=None if inside is None else 2 * cols + 1 < width)
+            x_even, x_odd = (load(x_ref, token, 2 * cols + side, mask=mask) for side, mask in enumerate(masks))
             sums[i] += jnp.sum(even * x_even[None] + odd * x_odd[None], axis=2) * scale
     return [jnp.sum(total, axis=1) for total in sums]
-
-
-def columns(start: jax.Array | int, count: int) -> tuple[jax.Array, jax.Array]:
-    """So many bytes of a row, a power of two, from a multiple of it on: the first of each group (G,) and all (G, n)."""
-    per_group = min(count, _BYTES)
-    first = start + jnp.arange(count // per_group) * per_group
-    return first, first[:, None] + jnp.arange(per_group)[None]
 
 
 def times_rows(
     weight: jax.Array, matrix: list, rows: jax.Array, wanted: jax.Array, start: jax.Array, count: int, width: int
 ) -> list[jax.Array]:
-    """weight (R,) times the even and the odd columns (R, G, n) in so many bytes of some rows (R,) of a matrix with so
-    many columns; only wanted rows are read."""
+    """Multiply each row (R,) of a matrix with its weight (R,), for `count` bytes of codes from `start` on.
+
+    Returns the products (R, G, n) of the even and of the odd columns. Only wanted rows are read. `width` is the
+    matrix's columns.
+    """
+    even, odd, scale, _ = _read(matrix, rows, wanted, start, count, width, whole=-(-width // 2) % count == 0)
+    factor = (weight[:, None] * scale)[:, :, None]
+    return [even * factor, odd * factor]
+
+
+def columns(start: jax.Array | int, count: int) -> tuple[jax.Array, jax.Array]:
+    """Indices of `count` bytes of codes from `start` on: the first byte of each group (G,), and all bytes (G, n).
+
+    The count is a power of two, and the start a multiple of it.
+    """
+    per_group = min(count, _BYTES)
+    first = start + jnp.arange(count // per_group) * per_group
+    return first, first[:, None] + jnp.arange(per_group)[None]
+
+
+def _read(
+    matrix: list, rows: jax.Array, wanted: jax.Array, start: jax.Array | int, count: int, width: int, whole: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Read `count` bytes of codes from `start` on of the wanted rows (R,), and look them up.
+
+    Returns the even and the odd columns (R, G, n) unscaled and the scales (R, G), in float32, and the bytes' indices
+    (G, n). `whole` says that no byte lies behind the codes of a row.
+    """
     values, codebook = matrix
     packed = -(-width // 2)
     first, cols = columns(start, count)
     mask, scale_mask = wanted[:, None, None], wanted[:, None]
-    if packed % count:
+    if not whole:
         mask, scale_mask = mask & (cols < packed)[None], scale_mask & (first < packed)[None]
     codes = load(values, rows[:, None, None], cols[None], mask=mask).astype(jnp.int32)
-    factor = weight[:, None] * scales(values, rows[:, None], packed + first[None] // _BYTES * 2, scale_mask)
-    return [load(codebook, code).astype(jnp.float32) * factor[:, :, None] for code in (codes & 15, codes >> 4)]
+    scale = _scales(values, rows[:, None], packed + first[None] // _BYTES * 2, scale_mask)
+    even, odd = (load(codebook, code).astype(jnp.float32) for code in (codes & 15, codes >> 4))
+    return even, odd, scale, cols
 
 
-def scales(values, rows: jax.Array, at: jax.Array, mask: jax.Array) -> jax.Array:
-    """The scales in float32 that begin at those bytes of those rows."""
+def _scales(values, rows: jax.Array, at: jax.Array, mask: jax.Array) -> jax.Array:
+    """Read the scales that begin at those bytes of those rows, in float32."""
     low, high = (load(values, rows, at + i, mask=mask).astype(jnp.uint16) for i in range(2))
     return jax.lax.bitcast_convert_type(low | high << 8, jnp.float16).astype(jnp.float32)
 
 
 def project(x: jax.Array, matrix: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """x (B, D) times the transpose of a matrix (out, D), (B, out) float32, for at most FEW tokens."""
+    """Multiply at most FEW tokens x (B, D) with the transpose of a matrix (out, D): (B, out) float32."""
     batch, num_rows = len(x), len(matrix[0])
     size = 8 if batch == 1 else 4  # rows of a program, which hold sums of every token in registers
     programs = -(-num_rows // size)

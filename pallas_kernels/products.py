@@ -54,9 +54,9 @@ def widened(matrix: tuple[jax.Array, jax.Array], columns: int) -> jax.Array:
 
 def transposed(h: jax.Array, weight: Matrix, columns: int) -> jax.Array:
     """h (B, F) times weight (F, columns), (B, columns) float32."""
-    if is_grouped(weight) and len(h) <= grouped.FEW:
-        return _all_down(h, weight, columns)
     if is_grouped(weight):
+        if len(h) <= grouped.FEW:
+            return _all_down(h, weight, columns)
         weight = widened(weight, columns)
     values, scale = weight if isinstance(weight, tuple) else (weight, None)
     h = h if scale is None else h * scale[:, 0]
@@ -67,15 +67,15 @@ def transposed(h: jax.Array, weight: Matrix, columns: int) -> jax.Array:
 
 
 def _all_down(h: jax.Array, weight: Matrix, columns: int) -> jax.Array:
-    """By the kernel of the sparse FFN, to which all neurons have survived."""
+    """Compute `transposed` with the sparse FFN's kernel, which is told that all neurons have survived."""
     batch, num_neurons = h.shape
     tiles = choose(num_neurons, columns, "uint8")
     blocks = -(-num_neurons // tiles.neurons)
     neurons = jnp.arange(blocks * tiles.neurons, dtype=jnp.int32).reshape(blocks, tiles.neurons)
     kept = jnp.clip(num_neurons - tiles.neurons * jnp.arange(blocks, dtype=jnp.int32), max=tiles.neurons)
     hidden = jnp.pad(h, ((0, 0), (0, neurons.size - num_neurons))).reshape(batch, *neurons.shape)
-    lists = (jnp.broadcast_to(a, (batch, *a.shape)) for a in (neurons, jnp.stack([kept, kept], axis=1)))
-    survivors, counts = lists
+    survivors = jnp.broadcast_to(neurons, hidden.shape)
+    counts = jnp.broadcast_to(jnp.stack([kept, kept], axis=1), (batch, blocks, 2))
     return jnp.sum(kernels.down(survivors, hidden, counts, weight, columns, tiles=tiles)[0], axis=1)
 
 

@@ -270,7 +270,7 @@ def test_what_a_thread_writes_after_the_error_goes_too(tmp_path):
 LIMITED = """
 import resource, signal, sys
 sys.path[:0] = ["tests"]
-from conftest import TINY, random_params, stored_as
+from conftest import TINY, random_params
 import jsparse
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 params = random_params(TINY)

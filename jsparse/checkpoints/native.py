@@ -235,7 +235,7 @@ def _load_tree(directory: Path, storage: dict[str, dict]) -> dict[str, Matrix]:
       JsparseError: an array cannot be read, or is not what a low-bit matrix has.
     """
     arrays: dict[str, jax.Array] = {}
-    for some in _portions(storage):  # what Orbax reads into takes as much memory again as what it reads at once
+    for some in _portions(storage):  # Orbax needs memory beside what it reads at once
         arrays |= _load_arrays(directory, some)
     leaves: dict[str, Matrix] = {}
     for name, array in arrays.items():

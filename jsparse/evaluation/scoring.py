@@ -25,7 +25,7 @@ def read_lines(name: str) -> list[dict[str, Any]]:
 
 
 def held_out_rows(params: Params, count: int, length: int | None = None) -> Int[np.ndarray, "count T"]:
-    """Windows of held-out code, each behind the model's first token: so long, or as long as the context."""
+    """Cut held-out code into windows of `length` tokens, by default the context's. Each begins with the BOS token."""
     width = (length or params.config.context_length) - 1
     texts = [params.tokenizer.encode(entry["text"])[1:] for entry in read_lines("held_out_code.jsonl")]
     windows = [text[i : i + width] for text in texts for i in range(0, len(text) - width + 1, width)]
