@@ -18,7 +18,7 @@ demo: .venv/core
 
 # Two workers, each with whole classes and modules.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
-# XLA compiles some 4,000 small programs: which takes three times as long as users compile them.
+# XLA compiles some 4,000 small programs. With the optimisations that users get that takes three times as long.
 QUICK := XLA_FLAGS=--xla_cpu_use_fusion_emitters=false JAX_DISABLE_MOST_OPTIMIZATIONS=1
 
 # What takes long is left to `make test-all`, which also compiles every program as users do.
