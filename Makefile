@@ -30,14 +30,14 @@ test-all: .venv/test
 
 # A part of `make test`, alone: the native code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 sanitize: .venv/test
-	$(BIN)/python -m pytest tests/test_native.py
+	$(BIN)/python -m pytest tests/cpu_kernels/test_native.py
 
 # Compiles the Pallas kernels for CUDA GPUs, without one. Another JAX: `make test-cuda-aot PYTHON=python3.12 JAX=0.11.2`.
 JAX ?= 0.10.2
 AOT := .venv-cuda-$(JAX)
 
 test-cuda-aot: $(AOT)/done
-	$(AOT)/bin/python -m pytest tests/test_pallas_kernels.py
+	$(AOT)/bin/python -m pytest tests/pallas_kernels/test_pallas_kernels.py
 
 lint: .venv/test
 	$(BIN)/ruff check .

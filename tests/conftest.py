@@ -45,6 +45,7 @@ from jsparse.model.cache import make_caches
 from jsparse.model.decoder import Decoder
 from jsparse.model.layers import apply
 from jsparse.model.parameters import Parameter, by_path, make_weights, parameters, weight_storage
+from jsparse.model.weights import Predictor
 from jsparse.rounding import cast
 
 
@@ -169,3 +170,19 @@ def predict_all(params: jsparse.Params) -> jsparse.Params:
         dataclasses.replace(predictor, bias=jnp.full_like(predictor.bias, jnp.inf)) for predictor in params.predictors
     )
     return dataclasses.replace(params, predictors=predictors)
+
+
+def with_random_predictors(params: jsparse.Params, rank: int = 16) -> jsparse.Params:
+    """Predictors that skip some 40% of the neurons, right or wrong."""
+    c = params.config
+    predictors = []
+    for layer in range(c.num_layers):
+        a, b, bias = jax.random.split(jax.random.key(layer), 3)
+        predictors.append(
+            Predictor(
+                jax.random.normal(a, (rank, c.hidden_size)) / 8,
+                jax.random.normal(b, (c.intermediate_size, rank)) / 4,
+                0.3 + 0.1 * jax.random.normal(bias, (c.intermediate_size,)),
+            )
+        )
+    return dataclasses.replace(params, predictors=tuple(predictors))

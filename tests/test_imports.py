@@ -144,6 +144,11 @@ def test_folders_are_those_of_the_design_and_say_what_belongs_in_them():
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path} does not say what belongs in it"
 
 
+def test_folders_of_tests_have_the_names_of_what_they_test():
+    folders = {path.parent.name for path in files("tests") if path.name.startswith("test_")}
+    assert folders <= FOLDERS | PACKAGES | {"tests"}
+
+
 def test_modules_are_small():
     for path in MODULES.values():
         lines = len(path.read_text().splitlines())

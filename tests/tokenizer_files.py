@@ -9,6 +9,9 @@ import sentencepiece
 from safetensors.numpy import save_file
 from texts import TEXTS
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from jsparse.text.tokenizer import Tokenizer as JsparseTokenizer
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 LLAMA = {"tokenizer_class": "LlamaTokenizer"}
@@ -21,6 +24,16 @@ def byte_level(prefix_space: bool = False) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([special(name) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
     return tokenizer
+
+
+def byte_tokenizer(template: str | None = None) -> JsparseTokenizer:
+    """One token per byte, id 256 the end of text."""
+    core = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(ALPHABET)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    backend = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    backend.chat_template = template
+    return JsparseTokenizer(backend)
 
 
 def byte_fallback(bos: bool = True) -> Tokenizer:

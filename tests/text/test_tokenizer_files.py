@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models
 import jsparse
 from jsparse.text.files import load_tokenizer
 
-RECORDED = json.loads((Path(__file__).parent / "data" / "token_ids.json").read_text())
+RECORDED = json.loads((Path(__file__).parents[1] / "data" / "token_ids.json").read_text())
 HI = [259, 331, 332]  # "hi" behind a space, by `byte_fallback`
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 

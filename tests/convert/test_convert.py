@@ -8,14 +8,14 @@ import sys
 import tracemalloc
 from pathlib import Path
 
-import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_checkpoints
 import torch
-from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, ROWS, new_spelling
 from convert_command import exit_code
+from random_checkpoints import LINEAR_SCALING, LLAMA3_SCALING, ROWS, new_spelling
 
 import jsparse
 from convert import export_predictors, from_huggingface, import_predictors, to_huggingface
@@ -76,12 +76,12 @@ def assert_identical(ours, theirs) -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_checkpoint_of_the_table_converts(name, tmp_path):
-    params = from_huggingface(checkpoints.row(tmp_path, name))
+    params = from_huggingface(random_checkpoints.row(tmp_path, name))
     assert params.config == dataclasses.replace(EXPECTED[name], name=name)
     assert params.predictors is None
     assert params.tokenizer is None
 
-    tensors = checkpoints.random_tensors(ROWS[name])
+    tensors = random_checkpoints.random_tensors(ROWS[name])
     assert len(by_path(params.weights)) == len(tensors)
     layer, prefix = params.weights.layers[1], "model.layers.1."
     expected = {
@@ -179,8 +179,8 @@ def test_sparseqwen2_is_recognised(folder, changes, tmp_path):
 
 
 def test_an_unrecognised_qwen2_with_relu_warns(tmp_path, caplog):
-    directory = checkpoints.write(
-        tmp_path / "mine", ROWS["Tiiny/SparseQwen2-7B"], checkpoints.random_tensors(ROWS["Tiiny/SparseQwen2-7B"])
+    directory = random_checkpoints.write(
+        tmp_path / "mine", ROWS["Tiiny/SparseQwen2-7B"], random_checkpoints.random_tensors(ROWS["Tiiny/SparseQwen2-7B"])
     )
     assert from_huggingface(directory).config.ffn_kind == "reglu"
     (record,) = caplog.records
@@ -202,16 +202,16 @@ def test_override_wins_over_everything(tmp_path):
 @pytest.mark.parametrize("files", ["safetensors-shards", "bin", "bin-shards"])
 def test_every_file_layout_gives_the_same_weights(files, tmp_path):
     name = "Tiiny/TurboSparse-Mistral-Instruct"
-    whole = from_huggingface(checkpoints.row(tmp_path / "a", name))
-    assert_identical(from_huggingface(checkpoints.row(tmp_path / "b", name, files=files)).weights, whole.weights)
+    whole = from_huggingface(random_checkpoints.row(tmp_path / "a", name))
+    assert_identical(from_huggingface(random_checkpoints.row(tmp_path / "b", name, files=files)).weights, whole.weights)
 
 
 @pytest.mark.parametrize("files", ["safetensors", "bin"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_stored_dtypes_are_kept(stored, files, tmp_path):
     config = ROWS["SparseLLM/ReluLLaMA-7B"]
-    tensors = {name: tensor.to(stored) for name, tensor in checkpoints.random_tensors(config).items()}
-    weights = from_huggingface(checkpoints.write(tmp_path / "model", config, tensors, files)).weights
+    tensors = {name: tensor.to(stored) for name, tensor in random_checkpoints.random_tensors(config).items()}
+    weights = from_huggingface(random_checkpoints.write(tmp_path / "model", config, tensors, files)).weights
     kept = "float32" if stored == torch.float64 else str(stored).removeprefix("torch.")
     assert weights.embed.dtype == weights.layers[0].ffn.down_t.dtype == kept
     assert weights.norm.dtype == "float32"
@@ -222,14 +222,14 @@ def test_stored_dtypes_are_kept(stored, files, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_casts_matrices_and_leaves_vectors(dtype, tmp_path):
     name = "Tiiny/SparseQwen2-7B"
-    params = from_huggingface(checkpoints.row(tmp_path, name), dtype=dtype)
+    params = from_huggingface(random_checkpoints.row(tmp_path, name), dtype=dtype)
     whole = from_huggingface(tmp_path / "SparseQwen2-7B")
     expected = jax.tree.map(lambda x: x if x.ndim == 1 else x.astype(dtype), whole.weights)
     assert_identical(params.weights, expected)
 
 
 def test_int8_quantises_the_linear_matrices(tmp_path):
-    directory = checkpoints.row(tmp_path, "Tiiny/SparseQwen2-7B")
+    directory = random_checkpoints.row(tmp_path, "Tiiny/SparseQwen2-7B")
     whole, params = from_huggingface(directory), from_huggingface(directory, dtype="int8")
     ffn = params.weights.layers[1].ffn
     matrices = [ffn.gate, ffn.up, ffn.down_t, params.weights.head]
@@ -241,7 +241,7 @@ def test_int8_quantises_the_linear_matrices(tmp_path):
 
 
 def test_int4_rounds_matrices_in_groups_and_embedding_and_head_in_rows(tmp_path):
-    directory = checkpoints.row(tmp_path, "Tiiny/SparseQwen2-7B")
+    directory = random_checkpoints.row(tmp_path, "Tiiny/SparseQwen2-7B")
     whole, params = from_huggingface(directory), from_huggingface(directory, dtype="int4")
     layer, exact = params.weights.layers[1], whole.weights.layers[1]
     matrices = [layer.ffn.gate, layer.ffn.up, layer.ffn.down_t, *(getattr(layer.attention, n).rows for n in "qkvo")]
@@ -253,7 +253,7 @@ def test_int4_rounds_matrices_in_groups_and_embedding_and_head_in_rows(tmp_path)
 
 @pytest.mark.parametrize("name", ROWS)
 def test_round_trip_is_bit_identical(name, tmp_path):
-    params = from_huggingface(checkpoints.row(tmp_path, name), dtype="bfloat16")
+    params = from_huggingface(random_checkpoints.row(tmp_path, name), dtype="bfloat16")
     to_huggingface(params, tmp_path / "out")
     again = from_huggingface(tmp_path / "out")
     assert again.config == params.config
@@ -263,9 +263,9 @@ def test_round_trip_is_bit_identical(name, tmp_path):
 def test_safetensors_library_reads_what_we_write_and_we_read_the_same(tmp_path):
     from safetensors.torch import load_file
 
-    to_huggingface(from_huggingface(checkpoints.row(tmp_path, "Tiiny/SparseQwen2-7B")), tmp_path / "out")
+    to_huggingface(from_huggingface(random_checkpoints.row(tmp_path, "Tiiny/SparseQwen2-7B")), tmp_path / "out")
     library = load_file(tmp_path / "out" / "model.safetensors")
-    tensors = checkpoints.random_tensors(ROWS["Tiiny/SparseQwen2-7B"])
+    tensors = random_checkpoints.random_tensors(ROWS["Tiiny/SparseQwen2-7B"])
     assert library.keys() == tensors.keys()
     ours = read_safetensors(tmp_path / "out" / "model.safetensors")
     for name, tensor in tensors.items():
@@ -275,16 +275,16 @@ def test_safetensors_library_reads_what_we_write_and_we_read_the_same(tmp_path):
 
 def test_lm_head_of_a_tied_model_is_left_out(tmp_path):
     config = ROWS["SparseLLM/ReluLLaMA-7B"] | {"tie_word_embeddings": True}
-    tensors = checkpoints.random_tensors(config)
+    tensors = random_checkpoints.random_tensors(config)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    assert from_huggingface(checkpoints.write(tmp_path / "model", config, tensors)).weights.head is None
+    assert from_huggingface(random_checkpoints.write(tmp_path / "model", config, tensors)).weights.head is None
 
 
 @pytest.mark.parametrize("files", ["safetensors", "safetensors-shards"])
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "int8", pytest.param("int4", marks=pytest.mark.nightly)])
 def test_conversion_holds_less_than_one_tensor_besides_the_weights(files, dtype, tmp_path):
     config = ROWS["SparseLLM/ReluLLaMA-7B"] | {"hidden_size": 1024, "intermediate_size": 8192}
-    directory = checkpoints.write(tmp_path / "model", config, checkpoints.random_tensors(config), files)
+    directory = random_checkpoints.write(tmp_path / "model", config, random_checkpoints.random_tensors(config), files)
     stored, reading = open_checkpoint(directory), read_config(directory)
     largest = max(tensor.nbytes for tensor in stored.values())
 
@@ -301,7 +301,7 @@ def test_conversion_holds_less_than_one_tensor_besides_the_weights(files, dtype,
 def test_progress_is_shown_on_a_terminal_only(terminal, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(convert_mapping, "_LONG", 0)
     monkeypatch.setattr("rich.console.Console.is_terminal", property(lambda console: terminal))
-    from_huggingface(checkpoints.row(tmp_path, "SparseLLM/ReluLLaMA-7B"))
+    from_huggingface(random_checkpoints.row(tmp_path, "SparseLLM/ReluLLaMA-7B"))
     printed = capsys.readouterr()
     assert printed.out == ""
     assert ("Converting" in printed.err) == terminal
@@ -310,7 +310,7 @@ def test_progress_is_shown_on_a_terminal_only(terminal, tmp_path, capsys, monkey
 def test_tokenizer_comes_along(tmp_path):
     import tokenizers
 
-    source = checkpoints.row(tmp_path, "SparseLLM/ReluLLaMA-7B")
+    source = random_checkpoints.row(tmp_path, "SparseLLM/ReluLLaMA-7B")
     words = tokenizers.models.WordLevel({"<unk>": 0, "def": 1, "return": 2}, unk_token="<unk>")
     tokenizer = tokenizers.Tokenizer(words)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -366,7 +366,7 @@ def test_powerinfer_bfloat16_stays_and_float16_widens(tmp_path):
 
 
 def test_command_converts_and_says_which_ffn_kind(tmp_path, capsys):
-    source = checkpoints.row(tmp_path, "Tiiny/SparseQwen2-7B")
+    source = random_checkpoints.row(tmp_path, "Tiiny/SparseQwen2-7B")
     assert exit_code([str(source), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     assert "FFN kind drelu: recognised as Tiiny/SparseQwen2-7B" in capsys.readouterr().out
     loaded, direct = jsparse.load(tmp_path / "out"), from_huggingface(source, dtype="bfloat16")
@@ -378,7 +378,7 @@ def test_command_converts_and_says_which_ffn_kind(tmp_path, capsys):
 
 
 def test_command_moves_predictors_and_models_both_ways(tmp_path):
-    source = checkpoints.row(tmp_path, "SparseLLM/ReluLLaMA-7B")
+    source = random_checkpoints.row(tmp_path, "SparseLLM/ReluLLaMA-7B")
     config = from_huggingface(source).config
     export_predictors(Params(config, {}, make_predictors(config, None)), tmp_path / "files")
     model, files = str(tmp_path / "model"), str(tmp_path / "files")
@@ -390,8 +390,8 @@ def test_command_moves_predictors_and_models_both_ways(tmp_path):
 
 
 def test_command_runs_as_a_module(tmp_path):
-    source = checkpoints.row(tmp_path, "dense-llama")
+    source = random_checkpoints.row(tmp_path, "dense-llama")
     command = [sys.executable, "-m", "convert", str(source), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("FFN kind swiglu: config.json declares llama with silu.")

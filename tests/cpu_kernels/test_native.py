@@ -8,12 +8,12 @@ import pytest
 
 import cpu_kernels
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "cpu_kernels" / "native"
 SOURCES = [
     *(NATIVE / f"{name}.cc" for name in ("attention", "check", "kernels", "ops", "parallel")),
     *sorted(NATIVE.glob("kernels_*.cc")),
-    ROOT / "tests" / "native" / "test_ops.cc",
+    ROOT / "tests" / "cpu_kernels" / "test_ops.cc",
 ]
 INSTRUCTION_SETS = ("avx512vnni", "avx512", "avx2", "baseline")
 FLAGS = ["-std=c++17", "-O1", "-g1", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "ffn": ["--shape", "MiniCPM-1B", "--rounds", "1"],
     "decode": ["--shape", "MiniCPM-1B", "--layers", "1", "--rounds", "1", "--kv-dtype", "int8", "--others"],

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from checkpoints import ROWS, random_tensors, write
 from conftest import TINY, random_params
+from random_checkpoints import ROWS, random_tensors, write
 from safetensors.numpy import load_file, save_file
-from test_generation import byte_tokenizer
-from tokenizer_files import LLAMA, byte_fallback, byte_level, write_scripted, write_tokenizer
+from tokenizer_files import LLAMA, byte_fallback, byte_level, byte_tokenizer, write_scripted, write_tokenizer
 
 import convert
 import jsparse

@@ -1,12 +1,12 @@
 """Logits agree with transformers, and with a plain PyTorch forward where transformers has no class."""
 
-import checkpoints
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_checkpoints
 import torch
-from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, ROWS
 from conftest import run_decoder
+from random_checkpoints import LINEAR_SCALING, LLAMA3_SCALING, ROWS
 
 from convert import from_huggingface, to_huggingface
 from jsparse.executors.xla import activate
@@ -52,8 +52,8 @@ TRANSFORMERS = {
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_logits_agree_with_transformers(name, tmp_path):
     config = TRANSFORMERS[name]
-    model = checkpoints.write_with_transformers(tmp_path / "model", config)
-    ids = checkpoints.tokens(config)
+    model = random_checkpoints.write_with_transformers(tmp_path / "model", config)
+    ids = random_checkpoints.tokens(config)
     assert_close(logits_of(from_huggingface(tmp_path / "model"), ids), transformers_logits(model, ids))
 
 
@@ -68,9 +68,9 @@ def test_logits_agree_with_transformers(name, tmp_path):
 )
 def test_the_compared_feature_changes_the_logits(changed, base, tmp_path):
     config = TRANSFORMERS[changed]
-    with_feature = checkpoints.write(tmp_path / "a", config, checkpoints.random_tensors(config))
-    without = checkpoints.write(tmp_path / "b", config | base, checkpoints.random_tensors(config))
-    ids = checkpoints.tokens(config)
+    with_feature = random_checkpoints.write(tmp_path / "a", config, random_checkpoints.random_tensors(config))
+    without = random_checkpoints.write(tmp_path / "b", config | base, random_checkpoints.random_tensors(config))
+    ids = random_checkpoints.tokens(config)
     difference = logits_of(from_huggingface(with_feature), ids) - logits_of(from_huggingface(without), ids)
     assert np.abs(difference).max() > 100 * TOLERANCE
 
@@ -91,10 +91,10 @@ def test_logits_agree_with_plain_pytorch(name, tmp_path):
         config["hidden_act_param"] = 0.3
     if config["model_type"] == "qwen2":
         del config["sliding_window"]
-    tensors = checkpoints.random_tensors(config)
-    directory = checkpoints.write(tmp_path / name.rpartition("/")[2], config, tensors)
-    ids = checkpoints.tokens(config)
-    expected = checkpoints.torch_logits(config, tensors, ids, TORCH[name])
+    tensors = random_checkpoints.random_tensors(config)
+    directory = random_checkpoints.write(tmp_path / name.rpartition("/")[2], config, tensors)
+    ids = random_checkpoints.tokens(config)
+    expected = random_checkpoints.torch_logits(config, tensors, ids, TORCH[name])
     assert_close(logits_of(from_huggingface(directory), ids), expected)
     as_reglu = logits_of(from_huggingface(directory, ffn="reglu"), ids)
     assert np.abs(as_reglu - expected).max() > 1000 * TOLERANCE
@@ -103,7 +103,7 @@ def test_logits_agree_with_plain_pytorch(name, tmp_path):
 @pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.03), ("int4", 0.3)])
 def test_low_bit_logits_stay_close(dtype, bound, tmp_path):
     name = "Tiiny/SparseQwen2-7B"
-    directory, ids = checkpoints.row(tmp_path, name), checkpoints.tokens(ROWS[name])
+    directory, ids = random_checkpoints.row(tmp_path, name), random_checkpoints.tokens(ROWS[name])
     difference = logits_of(from_huggingface(directory, dtype=dtype), ids) - logits_of(from_huggingface(directory), ids)
     assert 0 < difference.std() < bound
 
@@ -111,9 +111,9 @@ def test_low_bit_logits_stay_close(dtype, bound, tmp_path):
 def test_plain_pytorch_agrees_with_transformers(tmp_path):
     """The judge of the kinds transformers lacks is itself right on one it has."""
     config = ROWS["dense-mistral"] | {"hidden_act": "relu"}
-    model = checkpoints.write_with_transformers(tmp_path / "model", config)
-    ids = checkpoints.tokens(config)
-    expected = checkpoints.torch_logits(config, checkpoints.random_tensors(config), ids, "reglu")
+    model = random_checkpoints.write_with_transformers(tmp_path / "model", config)
+    ids = random_checkpoints.tokens(config)
+    expected = random_checkpoints.torch_logits(config, random_checkpoints.random_tensors(config), ids, "reglu")
     np.testing.assert_allclose(transformers_logits(model, ids), expected, atol=TOLERANCE, rtol=0)
 
 
@@ -127,8 +127,8 @@ def test_transformers_loads_what_we_export(name, tmp_path):
     import transformers
 
     config = TRANSFORMERS[name]
-    model = checkpoints.write_with_transformers(tmp_path / "model", config)
+    model = random_checkpoints.write_with_transformers(tmp_path / "model", config)
     to_huggingface(from_huggingface(tmp_path / "model"), tmp_path / "exported")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="float32").eval()
-    ids = checkpoints.tokens(config)
+    ids = random_checkpoints.tokens(config)
     np.testing.assert_array_equal(transformers_logits(loaded, ids), transformers_logits(model, ids))

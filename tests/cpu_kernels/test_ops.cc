@@ -1,5 +1,5 @@
 // The native operations against plain loops in double precision, for every instruction set this processor runs, on
-// buffers of exactly the size they need. `tests/test_native.py` builds it with sanitizers.
+// buffers of exactly the size they need. `tests/cpu_kernels/test_native.py` builds it with sanitizers.
 
 #include <algorithm>
 #include <cmath>

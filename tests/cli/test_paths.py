@@ -10,8 +10,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import ROWS, random_tensors, write
 from conftest import TINY, random_params
+from random_checkpoints import ROWS, random_tensors, write
 from without_rights import run
 
 import convert

@@ -14,7 +14,7 @@ import jsparse
 from jsparse.cli.info import describe_model
 from jsparse.cli.main import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def generate(cache, *options: str, variable: str = "XDG_CACHE_HOME") -> subprocess.CompletedProcess:
@@ -52,7 +52,7 @@ def test_generate_without_a_place_to_keep_it():
 
 
 def test_the_gpu_tests_without_a_gpu_are_no_success():
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_pallas_kernels.py"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/pallas_kernels/test_pallas_kernels.py"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED

@@ -22,7 +22,7 @@ from pallas_kernels import tune
 from pallas_kernels.tiles import DEFAULTS, Tiles, choose
 
 CUDA = KernelExecutor("cuda")
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 def random_operands(*, batch=2, width=48, neurons=200, rank=16, seed=0) -> list[jax.Array]:

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoints
 import jax.numpy as jnp
 import pytest
+import random_checkpoints
 import torch
-from checkpoints import ROWS
 from conftest import random_params
 from convert_command import exit_code
+from random_checkpoints import ROWS
 
 import jsparse
 from convert import ConversionError, export_predictors, from_huggingface, import_predictors, to_huggingface
@@ -27,8 +27,9 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 def model(directory: Path, files: str = "safetensors", config: dict = LLAMA, **tensors) -> Path:
     """A Llama checkpoint with some tensors replaced, added, or taken out (None)."""
-    content = checkpoints.random_tensors(config) | {name.replace("__", "."): value for name, value in tensors.items()}
-    return checkpoints.write(
+    replaced = {name.replace("__", "."): value for name, value in tensors.items()}
+    content = random_checkpoints.random_tensors(config) | replaced
+    return random_checkpoints.write(
         directory, config, {name: value for name, value in content.items() if value is not None}, files
     )
 
@@ -38,7 +39,7 @@ def with_config(**changes) -> Callable[[Path], Path]:
 
     def build(directory: Path) -> Path:
         config = {key: value for key, value in (LLAMA | changes).items() if value is not ...}
-        checkpoints.write(directory, LLAMA, checkpoints.random_tensors(LLAMA))
+        random_checkpoints.write(directory, LLAMA, random_checkpoints.random_tensors(LLAMA))
         (directory / "config.json").write_text(json.dumps(config))
         return directory
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from checkpoints import ROWS, random_tensors, row, write
 from conftest import run_decoder
+from random_checkpoints import ROWS, random_tensors, row, write
 
 import jsparse
 from convert import ConversionError, from_huggingface, to_huggingface
@@ -403,7 +403,7 @@ def test_shards_with_names_that_no_file_can_have(tmp_path):
 def test_a_full_disk_is_a_sentence(option, tmp_path, tiny_fitted):
     jsparse.save(tiny_fitted, tmp_path / "m")
     command = f"ulimit -f 1; exec {sys.executable} -m convert {tmp_path / 'm'} {tmp_path / 'o'} {option}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr

@@ -3,18 +3,16 @@
 import dataclasses
 import logging
 
-import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import random_checkpoints
 import torch
-from checkpoints import ROWS
-from conftest import TINY, predict_all, random_params, run_decoder
-from tokenizers import Tokenizer as Core
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from conftest import TINY, predict_all, random_params, run_decoder, with_random_predictors
+from random_checkpoints import ROWS
+from tokenizer_files import byte_tokenizer
 
 import jsparse
 from convert import from_huggingface
@@ -22,23 +20,11 @@ from jsparse.decoding.loop import initial_state, prefill_chunk, step_chunk
 from jsparse.decoding.sampling import Sampling, choose, process_logits
 from jsparse.evaluation.scoring import teacher_forced
 from jsparse.executors.select import make_executor, unavailable
-from jsparse.model.weights import Linear, Predictor
-from jsparse.text.tokenizer import Tokenizer
+from jsparse.model.weights import Linear
 
 PROMPT = np.random.default_rng(3).integers(0, TINY.vocab_size, 11)
 PROMPTS = [PROMPT, PROMPT[:3], np.roll(PROMPT, 4)[:7]]
 EOS = 256
-
-
-def byte_tokenizer(template: str | None = None) -> Tokenizer:
-    """One token per byte, id 256 the end of text."""
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Core(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    backend = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
-    backend.chat_template = template
-    return Tokenizer(backend)
 
 
 def scripted(text: str, template: str | None = None) -> jsparse.Params:
@@ -68,22 +54,6 @@ def wordy() -> jsparse.Params:
     return dataclasses.replace(
         random_params(dataclasses.replace(TINY, vocab_size=257)), tokenizer=byte_tokenizer("{{messages[0].content}}!")
     )
-
-
-def with_random_predictors(params: jsparse.Params, rank: int = 16) -> jsparse.Params:
-    """Predictors that skip some 40% of the neurons, right or wrong."""
-    c = params.config
-    predictors = []
-    for layer in range(c.num_layers):
-        a, b, bias = jax.random.split(jax.random.key(layer), 3)
-        predictors.append(
-            Predictor(
-                jax.random.normal(a, (rank, c.hidden_size)) / 8,
-                jax.random.normal(b, (c.intermediate_size, rank)) / 4,
-                0.3 + 0.1 * jax.random.normal(bias, (c.intermediate_size,)),
-            )
-        )
-    return dataclasses.replace(params, predictors=tuple(predictors))
 
 
 KINDS = {
@@ -151,12 +121,12 @@ TRANSFORMERS = {
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     config = TRANSFORMERS[name] | {"eos_token_id": None}
-    model = checkpoints.write_with_transformers(tmp_path / "model", config, seed=2)
+    model = random_checkpoints.write_with_transformers(tmp_path / "model", config, seed=2)
     if config.get("tie_word_embeddings"):
         model.model.embed_tokens.weight.data *= 0.3  # else every token predicts itself
         model.save_pretrained(tmp_path / "model")
     params = from_huggingface(tmp_path / "model")
-    ids = checkpoints.tokens(config, length=20, batch=3)
+    ids = random_checkpoints.tokens(config, length=20, batch=3)
     prompts = [ids[0], ids[1, :5], ids[2, :13]]
     expected = []
     for prompt in prompts:

@@ -14,13 +14,13 @@ import threading
 import time
 from pathlib import Path
 
-import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_checkpoints
 from conftest import TINY, random_params, stored_as
-from test_generation import byte_tokenizer
+from tokenizer_files import byte_tokenizer
 
 import jsparse
 from convert import from_huggingface
@@ -29,7 +29,7 @@ from jsparse.checkpoints import native
 from jsparse.directories import replacing_directory
 from jsparse.model.config import RopeScaling
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = dataclasses.replace(TINY, hidden_size=32, intermediate_size=48, num_heads=2, num_layers=2, vocab_size=257)
 TOKENS = [np.random.default_rng(2).integers(0, SMALL.vocab_size, 600)]
 
@@ -64,7 +64,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", ["Tiiny/SparseQwen2-7B", "openbmb/MiniCPM-S-1B-sft"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_of_every_dtype(dtype, name, tmp_path):
-    params = from_huggingface(checkpoints.row(tmp_path, name), dtype=dtype)
+    params = from_huggingface(random_checkpoints.row(tmp_path, name), dtype=dtype)
     jsparse.save(params, tmp_path / "saved")
     loaded = jsparse.load(tmp_path / "saved")
     assert_identical(loaded, params)
@@ -471,7 +471,7 @@ def test_the_ffn_kind_of_a_jsparse_directory_is_settled(saved):
 @pytest.mark.parametrize("name", ["Tiiny/SparseQwen2-7B", "openbmb/MiniCPM-S-1B-sft"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_dtype_chosen_at_load_is_that_of_a_conversion(dtype, name, tmp_path):
-    source = checkpoints.row(tmp_path, name)
+    source = random_checkpoints.row(tmp_path, name)
     jsparse.save(from_huggingface(source), tmp_path / "saved")
     assert_identical(jsparse.load(tmp_path / "saved", dtype=dtype), from_huggingface(source, dtype=dtype))
 
@@ -539,7 +539,7 @@ def test_a_weight_that_does_not_fit_the_dtype_is_refused(small, tmp_path):
 def first_format(tmp_path_factory) -> Path:
     """Models and an unfinished calibration as version 0.1.0 left them (data/record_first_format.py)."""
     directory = tmp_path_factory.mktemp("first")
-    with tarfile.open(Path(__file__).parent / "data" / "first_format.tar.gz") as archive:
+    with tarfile.open(Path(__file__).parents[1] / "data" / "first_format.tar.gz") as archive:
         archive.extractall(directory, filter="data")
     return directory
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, random_params
-from test_generation import byte_tokenizer
+from tokenizer_files import byte_tokenizer
 
 import jsparse
 from jsparse.cli import calibrate, info, main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = dataclasses.replace(
     TINY, hidden_size=32, intermediate_size=48, num_heads=2, num_layers=2, vocab_size=257, context_length=40
 )

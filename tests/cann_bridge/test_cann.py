@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import simulated_npu
 import torch
-from conftest import TINY, random_params, stored_as
-from test_generation import with_random_predictors
+from conftest import TINY, random_params, stored_as, with_random_predictors
 
 import cann_bridge
 import jsparse
@@ -28,7 +27,7 @@ from jsparse.executors.select import make_executor, select_executor
 from jsparse.model.ffn import KINDS
 from jsparse.model.weights import Linear
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROMPT = "def read(self, size):\n"
 
 

@@ -16,7 +16,7 @@ from jsparse.executors import select
 from jsparse.executors.xla import Xla
 from jsparse.model.ffn import KINDS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 needs_native = pytest.mark.skipif(
     cpu_kernels.unavailable() is not None, reason=f"cpu_kernels: {cpu_kernels.unavailable()}"
 )

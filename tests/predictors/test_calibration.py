@@ -16,7 +16,7 @@ import numpy as np
 import oracle
 import pytest
 from conftest import TINY, random_params, run_decoder
-from test_generation import byte_tokenizer
+from tokenizer_files import byte_tokenizer
 
 import jsparse
 from jsparse.arrays import Rows
@@ -32,7 +32,7 @@ from jsparse.rounding import cast
 SMALL = dataclasses.replace(TINY, hidden_size=32, intermediate_size=96, num_heads=2)
 TOKENS = [np.random.default_rng(2).integers(0, SMALL.vocab_size, 900)]
 OPTIONS = {"rank": 8, "sparsity": 0.8, "tokens": 800}
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
