@@ -2,8 +2,7 @@
 
 KL of the next token on text that was not calibrated on, in nats per token, through the CPU executor where it runs;
 weights are float32. Also of the model with a bias of 100 on two channels of the first key head, as some models have
-such biases: on channels that the rotary embedding turns fastest, and slowest. Channels that share a scale with these
-are left few levels.
+such biases: on channels that the rotary embedding turns fastest, and slowest, and on both of a pair.
 """
 
 import dataclasses
@@ -53,12 +52,14 @@ def divergences(params: jsparse.Params, rows: np.ndarray, name: str) -> dict[tup
 
 
 def main() -> None:
-    params, rows = model_and_rows(parser(__doc__.splitlines()[0]).parse_args())
+    command = parser(__doc__.splitlines()[0])
+    params, rows = model_and_rows(command, command.parse_args())
     half = params.config.head_dim // 2
     models = {
         "as it is": params,
         "biases on channels that turn fast": biased(params, (0, 1)),
         "biases on channels that turn slowly": biased(params, (half - 2, half - 1)),
+        "biases on a pair that turns slowly": biased(params, (half - 1, 2 * half - 1)),
     }
     table = Table(title=f"{params.config.name}: {rows.size:,} tokens, KL by what keys and values are stored in, nats")
     for column in ("model", *(f"{first} || {second}, 95%" for first, second in PAIRS)):

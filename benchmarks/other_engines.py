@@ -6,13 +6,9 @@ import tempfile
 import weakref
 from pathlib import Path
 
-import numpy as np
-
 import jsparse
+from benchmarks.gguf_files import FILE_TYPES, quantize_gguf, random_matrices, read_bytes, write_gguf
 from benchmarks.report import seconds
-
-_FILE_TYPES = {"q4_0": 2, "q4_k_m": 15}
-"""llama.cpp's codes of the types to which it quantises a bfloat16 file itself; some matrices then have more bits."""
 
 
 class LlamaCpp:
@@ -29,9 +25,9 @@ class LlamaCpp:
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "random.gguf"
-            write_gguf(path, config, "bf16" if dtype in _FILE_TYPES else dtype)
-            if dtype in _FILE_TYPES:
-                path = self._quantize(path, dtype)
+            write_gguf(path, config, "bf16" if dtype in FILE_TYPES else dtype, random_matrices())
+            if dtype in FILE_TYPES:
+                path = quantize_gguf(path, dtype)
             self.read = read_bytes(path)
             options = llama_cpp.llama_model_default_params()
             options.use_mmap = False
@@ -53,16 +49,6 @@ class LlamaCpp:
         for begin in range(0, self._begin, 512):
             self._decode([1] * min(512, self._begin - begin))
 
-    def _quantize(self, path: Path, dtype: str) -> Path:
-        """The file in a type of few bits; the one it is made of is deleted."""
-        options = self._lib.llama_model_quantize_default_params()
-        options.ftype = _FILE_TYPES[dtype]
-        quantized = path.with_name(f"{dtype}.gguf")
-        if self._lib.llama_model_quantize(str(path).encode(), str(quantized).encode(), ctypes.byref(options)):
-            raise SystemExit(f"llama.cpp cannot make a file in {dtype}")
-        path.unlink()
-        return quantized
-
     def _decode(self, ids: list[int]) -> None:
         array = (self._lib.llama_token * len(ids))(*ids)
         if self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(array, len(ids))):
@@ -78,61 +64,6 @@ class LlamaCpp:
                 self._lib.llama_get_logits(self._context)
 
         return seconds(steps) / self._tokens
-
-
-def read_bytes(path: Path) -> int:
-    """Bytes of a GGUF file's tensors but for the embedding, of which a token reads a row."""
-    import gguf
-
-    tensors = gguf.GGUFReader(path).tensors
-    return sum(int(tensor.n_bytes) for tensor in tensors if tensor.name != "token_embd.weight")
-
-
-def write_gguf(path: Path, config: jsparse.ModelConfig, dtype: str) -> None:
-    """A GGUF file of the llama architecture with random weights and no tokenizer."""
-    import gguf
-
-    kind = {"bf16": gguf.GGMLQuantizationType.BF16, "q8_0": gguf.GGMLQuantizationType.Q8_0}[dtype]
-    file_type = {"bf16": gguf.LlamaFileType.MOSTLY_BF16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}[dtype]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(file_type)
-    rng, made = np.random.default_rng(0), {}
-
-    def add(name: str, *shape: int) -> None:
-        if shape not in made:
-            made[shape] = gguf.quants.quantize(rng.standard_normal(shape, np.float32) * shape[1] ** -0.5, kind)
-        writer.add_tensor(name, made[shape], raw_dtype=kind)
-
-    width, ones = config.hidden_size, np.ones(config.hidden_size, np.float32)
-    attention, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    add("token_embd.weight", config.vocab_size, width)
-    add("output.weight", config.vocab_size, width)
-    writer.add_tensor("output_norm.weight", ones)
-    for layer in range(config.num_layers):
-        prefix = f"blk.{layer}."
-        writer.add_tensor(f"{prefix}attn_norm.weight", ones)
-        writer.add_tensor(f"{prefix}ffn_norm.weight", ones)
-        add(f"{prefix}attn_q.weight", attention, width)
-        add(f"{prefix}attn_k.weight", kv, width)
-        add(f"{prefix}attn_v.weight", kv, width)
-        add(f"{prefix}attn_output.weight", width, attention)
-        add(f"{prefix}ffn_gate.weight", config.intermediate_size, width)
-        add(f"{prefix}ffn_up.weight", config.intermediate_size, width)
-        add(f"{prefix}ffn_down.weight", width, config.intermediate_size)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 class Transformers:

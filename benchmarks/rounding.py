@@ -1,11 +1,17 @@
 """What rounding weights costs: `python -m benchmarks.rounding [MODEL] [--tokens 20000] [--window 512]`.
 
 KL(float32 || rounded) of the next token on text that was not calibrated on, in nats per token, through the CPU
-executor where it runs: ours and llama.cpp's Q4_0 (as the package gguf rounds), of the matrices alone, and of embedding
-and head beside our int4 matrices. Differences are paired by window, with bootstrap intervals.
+executor where it runs: ours and llama.cpp's Q4_0 (as the package gguf rounds) and Q4_K_M (as llama.cpp does), of the
+matrices alone, and of embedding and head beside our int4 matrices. Differences are paired by window, with bootstrap
+intervals.
 """
 
 import argparse
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jsparse
+from benchmarks.gguf_files import quantize_gguf, read_gguf, tensor_name, write_gguf
 from benchmarks.report import interval, positive, print_json
 from jsparse.arrays import Matrix, dequantize
 from jsparse.evaluation.scoring import held_out_rows, teacher_forced
@@ -25,47 +32,108 @@ from jsparse.rounding import cast, quantize_groups
 
 UNIFORM = jnp.arange(-8, 8, dtype=jnp.int8)
 
+Rounded = tuple[Matrix, int]
+"""A matrix after rounding, and the bytes that it takes."""
 
-def q4_0(matrix: Matrix) -> Matrix:
+
+def q4_0(matrix: Matrix) -> Rounded:
     """What Q4_0 leaves of a matrix, groups along its inputs as in a GGUF file."""
     kind = GGMLQuantizationType.Q4_0
-    exact = np.asarray(dequantize(matrix))
-    return jnp.asarray(quants.dequantize(quants.quantize(exact, kind), kind))
+    blocks = quants.quantize(np.asarray(dequantize(matrix)), kind)
+    return jnp.asarray(quants.dequantize(blocks, kind)), blocks.nbytes
 
 
-def transposed(round_matrix):
+def uniform(matrix: Matrix) -> Rounded:
+    """int4:32 with the codebook of Q4_0."""
+    made = quantize_groups(dequantize(matrix), UNIFORM)
+    return made, made.nbytes
+
+
+def to(storage: str) -> Callable[[Matrix], Rounded]:
+    """Rounding to a storage of ours."""
+
+    def round_matrix(matrix: Matrix) -> Rounded:
+        made = cast(matrix, storage)
+        return made, made.nbytes
+
+    return round_matrix
+
+
+def transposed(round_matrix: Callable[[Matrix], Rounded]) -> Callable[[Matrix], Rounded]:
     """A rounding whose groups run along the rows of the matrix's transpose."""
-    return lambda matrix: round_matrix(jnp.asarray(dequantize(matrix)).T).T
+
+    def of_transpose(matrix: Matrix) -> Rounded:
+        made, size = round_matrix(jnp.asarray(dequantize(matrix)).T)
+        return dequantize(made).T, size
+
+    return of_transpose
 
 
-def rounded(params: jsparse.Params, rules: dict) -> Weights:
-    """The weights with every array of a role, or of a name, rounded as its rule says."""
-    table, leaves = parameters(params.config), by_path(params.weights)
-
-    def leaf(path: str, _) -> Matrix:
-        name = path.rpartition("/")[2]
-        rule = rules.get(name) or rules.get(table[path].role)
-        return rule(leaves[path]) if rule else leaves[path]
-
-    return make_weights(params.config, leaf)
-
-
-def _to(storage: str):
-    return lambda matrix: cast(matrix, storage)
-
-
-_INT4 = {"matrix": _to("int4:32")}
-RULES: dict[str, dict] = {
+_INT4 = {"matrix": to("int4:32")}
+RULES: dict[str, dict[str, Callable[[Matrix], Rounded]]] = {
     "Q4_0": {"matrix": q4_0, "down_t": transposed(q4_0)},
-    "int4:32 with Q4_0's codebook": {"matrix": lambda m: quantize_groups(dequantize(m), UNIFORM)},
+    "int4:32 with Q4_0's codebook": {"matrix": uniform},
     "int4:32": _INT4,
-    "int4:32, down in groups of neurons": _INT4 | {"down_t": transposed(lambda m: dequantize(cast(m, "int4:32")))},
-    "int4:32, down in int8": _INT4 | {"down_t": _to("int8")},
-    "int4:32, embedding and head int8": _INT4 | {role: _to("int8") for role in ("embed", "head")},
-    "int4:32, embedding and head int4:32": _INT4 | {role: _to("int4:32") for role in ("embed", "head")},
-    "int8": {"matrix": _to("int8")},
+    "int4:32, down in groups of neurons": _INT4 | {"down_t": transposed(to("int4:32"))},
+    "int4:32, down in int8": _INT4 | {"down_t": to("int8")},
+    "int4:32, embedding and head int8": _INT4 | {role: to("int8") for role in ("embed", "head")},
+    "int4:32, embedding and head int4:32": _INT4 | {role: to("int4:32") for role in ("embed", "head")},
+    "int8": {"matrix": to("int8")},
 }
 """Versions by name: each maps roles or names of matrices to the function that rounds them."""
+Q4_K_M = "Q4_K_M"
+"""A version that llama.cpp makes, which gives some matrices more bits than others: it takes llama-cpp-python."""
+
+
+class Version(NamedTuple):
+    """A model's weights after rounding, and how many bits its block matrices take per weight."""
+
+    weights: Weights
+    bits: float
+
+
+def rounded(params: jsparse.Params, rules: dict[str, Callable[[Matrix], Rounded]]) -> Version:
+    """The model with every array of a role, or of a name, rounded as its rule says."""
+    table = parameters(params.config)
+
+    def leaf(path: str, matrix: Matrix) -> Rounded:
+        rule = rules.get(path.rpartition("/")[2]) or rules.get(table[path].role)
+        return rule(matrix) if rule else (matrix, matrix.nbytes)
+
+    return _version(params, {path: leaf(path, matrix) for path, matrix in by_path(params.weights).items()})
+
+
+def q4_k_m(params: jsparse.Params) -> Version:
+    """The model with its block matrices as llama.cpp rounds them to Q4_K_M, without an importance matrix."""
+    leaves = by_path(params.weights)
+    names = {path: name for path in leaves if (name := tensor_name(path))}
+    exact = {name: _inputs_last(path, np.asarray(leaves[path])) for path, name in names.items()}
+    head = leaves.get("head", leaves["embed"])
+    exact |= {"token_embd.weight": np.asarray(leaves["embed"]), "output.weight": np.asarray(head)}
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "exact.gguf"
+        write_gguf(path, params.config, "f32", lambda name, _: exact[name])
+        found = read_gguf(quantize_gguf(path, "q4_k_m"))
+
+    def leaf(path: str, matrix: Matrix) -> Rounded:
+        if path not in names:
+            return matrix, matrix.nbytes
+        made, size = found[names[path]]
+        return jnp.asarray(_inputs_last(path, made)), size
+
+    return _version(params, {path: leaf(path, matrix) for path, matrix in leaves.items()})
+
+
+def _inputs_last(path: str, matrix: np.ndarray) -> np.ndarray:
+    """The matrix as GGUF has it, or back: only down lies the other way round here."""
+    return np.ascontiguousarray(matrix.T) if path.endswith("down_t") else matrix
+
+
+def _version(params: jsparse.Params, leaves: dict[str, Rounded]) -> Version:
+    table = parameters(params.config)
+    matrices = [path for path in leaves if table[path].role == "matrix"]
+    bits = 8 * sum(leaves[path][1] for path in matrices) / sum(math.prod(table[path].shape) for path in matrices)
+    return Version(make_weights(params.config, lambda path, _: leaves[path][0]), bits)
 
 
 def divergences(params: jsparse.Params, rows: np.ndarray, versions: dict[str, Weights]) -> dict[str, np.ndarray]:
@@ -92,31 +160,45 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def model_and_rows(args: argparse.Namespace) -> tuple[jsparse.Params, np.ndarray]:
+def model_and_rows(command: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[jsparse.Params, np.ndarray]:
     """Load the model in float32, and windows of held-out text with as many tokens as the command line asks for."""
-    params = jsparse.load(args.model, dtype="float32")
+    try:
+        params = jsparse.load(args.model, dtype="float32")
+    except jsparse.JsparseError as error:
+        command.error(str(error))
+    if params.tokenizer is None:
+        command.error(f"{args.model} has no tokenizer, and held-out text is in words")
     window = min(args.window or params.config.context_length, params.config.context_length)
-    return params, held_out_rows(params, -(-args.tokens // window), window)
+    if window < 2:
+        command.error(f"--window is {window}; it must be at least 2")
+    rows = held_out_rows(params, -(-args.tokens // window), window)
+    if not rows.size:
+        command.error(f"no held-out text has windows of {window} tokens; choose another --window")
+    return params, rows
 
 
 def main() -> None:
     command = parser(__doc__.splitlines()[0])
-    command.add_argument("--rounding", choices=RULES, nargs="+", default=list(RULES), help="default: all")
+    names = [*RULES, Q4_K_M]
+    command.add_argument("--rounding", choices=names, nargs="+", default=list(RULES), help="default: all but Q4_K_M")
     args = command.parse_args()
-    params, rows = model_and_rows(args)
-    made = {name: rounded(params, RULES[name]) for name in dict.fromkeys(["Q4_0", *args.rounding])}
-    divergence = divergences(params, rows, made)
+    params, rows = model_and_rows(command, args)
+    made = {
+        name: q4_k_m(params) if name == Q4_K_M else rounded(params, RULES[name])
+        for name in dict.fromkeys(["Q4_0", *args.rounding])
+    }
+    divergence = divergences(params, rows, {name: version.weights for name, version in made.items()})
     results, base = [], divergence["Q4_0"]
     table = Table(title=f"{params.config.name}: {rows.size:,} tokens, KL to float32 in nats per token")
-    for column in ("", "KL", "95%", "minus Q4_0's", "95%", "MB of block matrices"):
+    for column in ("", "KL", "95%", "minus Q4_0's", "95%", "bits a weight"):
         table.add_column(column, justify="right")
     for name, found in divergence.items():
         entry = {"rounding": name, "kl": float(found.mean()), "interval": interval(found)}
         entry |= {"difference": float((found - base).mean()), "difference_interval": interval(found - base)}
+        entry["bits"] = made[name].bits
         results.append(entry)
-        size = sum(leaf.nbytes for path, leaf in by_path(made[name]).items() if path.startswith("layers"))
         cells = [f"{entry['kl']:.5f}", "{:.5f} to {:.5f}".format(*entry["interval"]), f"{entry['difference']:+.5f}"]
-        cells += ["{:+.5f} to {:+.5f}".format(*entry["difference_interval"]), f"{size / 1e6:.2f}"]
+        cells += ["{:+.5f} to {:+.5f}".format(*entry["difference_interval"]), f"{entry['bits']:.2f}"]
         table.add_row(name, *cells)
     Console(width=150).print(table)
     print_json(results)

@@ -116,15 +116,27 @@ def restore_rows(values: Array, scale: Array | None, bits: int, columns: int, co
     dtype = next(name for name, size in _LOW_BITS.items() if size == bits)
     storage = Storage(dtype, None if codebook is None else GROUP)
     rows = Rows(values, None if scale is None else scale.reshape(-1, 1), storage, columns, codebook)
-    wanted = (len(values), storage.row_bytes(columns)), jnp.int8 if bits == 8 else jnp.uint8
+    check_rows(rows)
+    return rows
+
+
+def check_rows(rows: Rows) -> None:
+    """Raises: ValueError: the arrays of a low-bit matrix do not belong together, or a scale is not finite."""
+    storage, values, codebook, columns = rows.storage, rows.values, rows.codebook, rows.columns
+    if str(storage) not in _KNOWN or not storage.is_low_bit:
+        raise ValueError(f"low-bit rows cannot be stored in {storage}")
+    if (storage.group is None) != (codebook is None) or (codebook is None) == (rows.scale is None):
+        raise ValueError(f"{storage} has {'scales' if storage.group is None else 'a codebook'} beside its values alone")
+    wanted = (len(values), storage.row_bytes(columns)), jnp.int8 if storage.bits == 8 else jnp.uint8
     if (values.shape, values.dtype) != wanted:
         raise ValueError(f"values of {values.dtype} {values.shape} are not {columns} columns in {storage}")
     if codebook is not None and (codebook.shape, codebook.dtype) != ((16,), jnp.int8):
         raise ValueError(f"a codebook of {codebook.dtype} {codebook.shape}; it has 16 numbers of int8")
     scale = rows.scale if codebook is None else split_groups(values, columns)[1]
-    if len(scale) != len(values) or not jnp.isfinite(scale).all():
-        raise ValueError("a scale is missing, or is NaN or infinite")
-    return rows
+    if scale.ndim != 2 or len(scale) != len(values) or (codebook is None and scale.shape[1] != 1):
+        raise ValueError(f"scales of shape {scale.shape} do not belong to {len(values)} rows")
+    if not jnp.issubdtype(scale.dtype, jnp.floating) or not jnp.isfinite(scale).all():
+        raise ValueError("a scale is NaN or infinite, or no float")
 
 
 def dequantize(matrix: Matrix) -> Float[Array, "rows columns"]:

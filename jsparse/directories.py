@@ -78,7 +78,7 @@ def _swap(new: Path, directory: Path) -> None:
     except BaseException:
         old.rename(directory)
         raise
-    shutil.rmtree(old)
+    _remove(old)
 
 
 def read_path(value: object, option: str = "the directory") -> Path:

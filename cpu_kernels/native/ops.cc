@@ -17,7 +17,6 @@ constexpr int64_t kFew = 8;           // vectors that take the FFN of a slot's n
 constexpr int64_t kFewLowBit = 32;    // the same where down_t is of a low-bit type
 constexpr int64_t kManyVectors = 512;
 constexpr int64_t kNearVectors = 48;  // arranged vectors that stay in a core's cache while rows pass by
-constexpr int64_t kDownRows = 32;     // rows that stay in cache while several vectors take them
 constexpr int64_t kReduceColumns = 1024;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -144,6 +143,7 @@ class SlotSums {
   }
 
   void Clear(int64_t slot) { std::memset(Of(slot, 0), 0, num_x_ * size_ * sizeof(float)); }
+  int64_t size() const { return size_; }
   float* Of(int64_t slot, int64_t m) { return sums_ + (slot * num_x_ + m) * size_; }
 
   void AddPhase(Phases& phases, float* y) {
@@ -184,14 +184,11 @@ void DenseFfnFew(const Context& context, const float* x, int64_t num_x, const Ff
     for (int64_t m = 0; m < num_x; ++m) {
       Activate(spec, ffn.threshold + neurons.first, neurons.count, up + m * neurons.count, hidden + m * neurons.count);
     }
-    int32_t* scratch = own.Take<int32_t>(kernels.scratch_size(ffn.down_t));
-    const int64_t at_once = IsLowBit(ffn.down_t.type) ? kSumRows : kDownRows;
-    const int64_t step = num_x == 1 ? std::max<int64_t>(1, neurons.count) : at_once;
-    for (int64_t i = 0; i < neurons.count; i += step) {
-      const Rows rows{nullptr, neurons.first + i, std::min(step, neurons.count - i)};
-      for (int64_t m = 0; m < num_x; ++m) {
-        kernels.accumulate(ffn.down_t, rows, hidden + m * neurons.count + i, sums.Of(slot, m), scratch);
-      }
+    int32_t* scratch = own.Take<int32_t>(kernels.scratch_size(ffn.down_t, num_x));
+    if (num_x == 1) {
+      kernels.accumulate(ffn.down_t, neurons, hidden, sums.Of(slot, 0), scratch);
+    } else {
+      kernels.accumulate_many(ffn.down_t, neurons, hidden, neurons.count, num_x, sums.Of(slot, 0), sums.size(), scratch);
     }
   });
   sums.AddPhase(phases, y);
@@ -318,7 +315,7 @@ void SparseFfnFew(const Context& context, const float* x, int64_t num_x, const F
     int32_t* list = own.Take<int32_t>(neurons.count);
     float* hidden = own.Take<float>(neurons.count);
     float* up = own.Take<float>(neurons.count);
-    int32_t* scratch = own.Take<int32_t>(kernels.scratch_size(ffn.down_t));
+    int32_t* scratch = own.Take<int32_t>(kernels.scratch_size(ffn.down_t, 1));
     for (int64_t m = 0; m < num_x; ++m) {
       const float* factors = route.factors + m * route.groups;
       int64_t predicted = 0;

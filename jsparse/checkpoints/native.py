@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.arrays import Matrix, Rows, restore_rows
+from jsparse.arrays import GROUP, Matrix, Rows, check_rows, restore_rows
 from jsparse.checkpoints.first_format import path_of
 from jsparse.directories import plain_path, read_path, replacing_directory
 from jsparse.errors import JsparseError, listing
@@ -61,6 +61,7 @@ def save(params: Params, directory: str | Path, *, force: bool = False) -> None:
     directory = read_path(directory)
     check_flag("force", force)
     check_params(params)
+    _check_loadable(params)
     check_new(directory, force=force)
     with replacing_directory(directory) as partial:
         trees = {"weights": _flatten(by_path(params.weights))}
@@ -78,6 +79,19 @@ def save(params: Params, directory: str | Path, *, force: bool = False) -> None:
         _read_back(partial)
 
 
+def _check_loadable(params: Params) -> None:
+    """Raises: JsparseError: `load` would refuse a low-bit matrix, or a predictor."""
+    predictors = by_path(params.predictors)
+    for name, leaf in {**by_path(params.weights), **predictors}.items():
+        try:
+            if isinstance(leaf, Rows):
+                check_rows(leaf)
+            elif name in predictors and jnp.isnan(leaf).any():
+                raise ValueError("it holds NaN")
+        except ValueError as error:
+            raise JsparseError(f"{name} cannot be saved: {error}") from error
+
+
 def read_manifest(directory: str | Path) -> dict[str, Any]:
     """The checked content of jsparse.json.
 
@@ -89,7 +103,8 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         version, checksum = manifest["format"], manifest.pop("checksum")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise JsparseError(f"{path}: cannot be read as the description of a model: {error!r}") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise JsparseError(f"{path}: cannot be read as the description of a model: {reason}") from error
     if version not in _READ:
         known = " and ".join(map(str, _READ))
         raise JsparseError(f"{path}: has format {version}; this version of jsparse reads {known}")
@@ -119,6 +134,8 @@ def _problem(manifest: dict[str, Any]) -> str | None:
                 return f"{key} has {kept['columns']!r} columns of {kept['bits']!r} bits"
             if key.endswith("/values") and len(kept["shape"]) != 2:
                 return f"{key} has the shape {kept['shape']!r}, which is no matrix"
+            if kept.get("group") not in (None, GROUP):
+                return f"{key} is in groups of {kept['group']!r} columns; there are groups of {GROUP} only"
     return None
 
 

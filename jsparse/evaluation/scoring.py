@@ -25,12 +25,18 @@ def read_lines(name: str) -> list[dict[str, Any]]:
 
 
 def held_out_rows(params: Params, count: int, length: int | None = None) -> Int[np.ndarray, "count T"]:
-    """Cut held-out code into windows of `length` tokens, by default the context's. Each begins with the BOS token."""
-    width = (length or params.config.context_length) - 1
-    texts = [params.tokenizer.encode(entry["text"])[1:] for entry in read_lines("held_out_code.jsonl")]
+    """Cut held-out code into up to `count` windows of `length` tokens, by default the context's.
+
+    Each begins with the BOS token where the model has one.
+    """
+    config = params.config
+    bos = [] if config.bos_token_id is None else [config.bos_token_id]
+    width = (length or config.context_length) - len(bos)
+    texts = [params.tokenizer.encode(entry["text"]) for entry in read_lines("held_out_code.jsonl")]
+    texts = [text[len(bos) :] if list(text[: len(bos)]) == bos else text for text in texts]
     windows = [text[i : i + width] for text in texts for i in range(0, len(text) - width + 1, width)]
-    rows = np.random.default_rng(0).permutation(np.asarray(windows))[:count]
-    return np.concatenate([np.full((len(rows), 1), params.config.bos_token_id), rows], axis=1)
+    rows = np.random.default_rng(0).permutation(np.asarray(windows, np.int64).reshape(-1, width))[:count]
+    return np.concatenate([np.tile(np.asarray(bos, np.int64), (len(rows), 1)), rows], axis=1)
 
 
 @partial(jax.jit, static_argnames=("config", "executor", "kv_dtype"))

@@ -19,6 +19,8 @@ _SIZES = (
     "context_length",
 )
 """Fields that are whole numbers from 1 on."""
+_MOST_LAYERS = 10_000
+"""No model has as many. Lists of a damaged file's billions of layers would take all memory before anything is read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +109,13 @@ class ModelConfig:
         problems = [
             f"{field} is {getattr(self, field)} and must be at least 1" for field in _SIZES if getattr(self, field) < 1
         ]
-        if self.context_length >= 2**31:
-            problems.append(f"context_length is {self.context_length}, more than positions of 32 bits can count")
+        problems += [
+            f"{field} is {getattr(self, field)}, more than positions of 32 bits can count"
+            for field in ("context_length", "sliding_window")
+            if (getattr(self, field) or 0) >= 2**31
+        ]
+        if self.num_layers > _MOST_LAYERS:
+            problems.append(f"num_layers is {self.num_layers}, more than {_MOST_LAYERS}")
         if self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads:
             problems.append(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:

@@ -12,6 +12,9 @@ from jsparse.model.executor import Executor
 from jsparse.model.weights import AttentionWeights, FFNWeights, Layer
 from jsparse.typing import Array, Float, Int
 
+_LARGE_BIAS = 8.0
+"""Keys have about this range without their biases."""
+
 
 @runtime_checkable
 class FeedForward(Protocol):
@@ -74,6 +77,8 @@ class Attention(nn.Module):
         q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in self.executor.project(x, inputs))
         if c.has_rotation(self.layer):
             q, k = (rotate(y, *span.rotation) for y in (q, k))
+        if cache.key_scale is not None and weights.k.bias is not None:
+            q, k = shrink_large_biases(q, k, weights.k.bias)
         out, cache = self.executor.attend(q, k, v, span.start, span.count, cache, c.window(self.layer))
         return self.executor.project(out.reshape(*x.shape[:2], -1), [weights.o], split="in")[0], cache
 
@@ -111,6 +116,23 @@ def rotate(
     # Halves change places by an index, which XLA for GPUs makes part of the product; a roll is a kernel of its own.
     halves = x.reshape(*x.shape[:-1], 2, -1)
     return x * cos + halves[..., ::-1, :].reshape(x.shape) * signed_sin
+
+
+def shrink_large_biases(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], bias: Float[Array, "KH"]
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
+    """Queries and keys with the same products, to the bit, whose large biases are less than twice `_LARGE_BIAS`.
+
+    Keys of few bits share a scale with their neighbours, to which a bias of 100 would leave few levels. So a channel
+    of a key with such a bias is divided by a power of two, and its queries are multiplied by it; so is the channel that
+    the rotary embedding turns into it.
+    """
+    kv_heads = k.shape[2]
+    pairs = jnp.max(jnp.abs(bias).reshape(kv_heads, 2, -1), axis=1)
+    _, exponent = jnp.frexp(pairs / _LARGE_BIAS)
+    factor = jnp.ldexp(np.float32(1), jnp.maximum(exponent - 1, 0))
+    factor = jnp.concatenate([factor, factor], axis=-1)
+    return q * jnp.repeat(factor, q.shape[2] // kv_heads, axis=0), k / factor
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:

@@ -16,6 +16,8 @@ from jsparse.model.weights import AttentionWeights, FFNWeights, Layer, Linear, P
 from jsparse.typing import Array
 
 Role = Literal["embed", "head", "matrix", "norm", "bias"]
+_FLOATS = ("float32", "bfloat16", "float16")
+"""What an array that is not in low-bit rows may be stored in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +151,11 @@ def check_leaves(leaves: dict[str, Matrix | Array], config: ModelConfig) -> None
         f"{path} is {found[path]}, expected {wanted[path]}"
         for path in wanted.keys() & found.keys()
         if found[path] != wanted[path]
+    ]
+    problems += [
+        f"{path} is of {leaf.dtype}, expected one of {', '.join(_FLOATS)}"
+        for path, leaf in leaves.items()
+        if not isinstance(leaf, Rows) and str(leaf.dtype) not in _FLOATS
     ]
     if problems:
         raise JsparseError(f"the weights do not fit the config: {listing(sorted(problems), between='; ')}")

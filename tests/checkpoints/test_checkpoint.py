@@ -370,7 +370,22 @@ DAMAGE = {
     ),
     "manifest is a list": (lambda d: (d / "jsparse.json").write_text("[]"), "jsparse.json: cannot be read"),
     "manifest is empty": (lambda d: (d / "jsparse.json").write_bytes(b""), "jsparse.json: cannot be read"),
-    "manifest is binary": (lambda d: (d / "jsparse.json").write_bytes(b"\xff\xfe"), "jsparse.json: cannot be read"),
+    "manifest is binary": (
+        lambda d: (d / "jsparse.json").write_bytes(b"\xff\xfe"),
+        "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0",
+    ),
+    "billions of layers": (
+        rewritten(lambda m: m["config"].update(num_layers=10**9)),
+        "num_layers is 1000000000, more than 10000",
+    ),
+    "groups that no kernel has": (
+        rewritten(lambda m: m["predictors"]["0/a/values"].update(group=64)),
+        "0/a/values is in groups of 64 columns; there are groups of 32 only",
+    ),
+    "a matrix of whole numbers": (
+        rewritten(lambda m: m["weights"]["embed"].update(dtype="int32")),
+        "embed",
+    ),
     "weights missing": (lambda d: shutil.rmtree(d / "weights"), "weights: the arrays cannot be read"),
     "predictors missing": (lambda d: shutil.rmtree(d / "predictors"), "predictors: the arrays cannot be read"),
     "weights empty": (
@@ -404,7 +419,7 @@ def test_damage_is_named(name, saved):
     assert "\n" not in str(caught.value)
 
 
-def test_numbers_that_are_none_are_named(small, tmp_path):
+def test_numbers_that_are_none_are_named(small, tmp_path, monkeypatch):
     """A weight that cannot be rounded, a predictor that would predict nothing, and columns that are a word."""
     ffn = small.weights.layers[1].ffn
     broken = dataclasses.replace(small.weights.layers[1], ffn=dataclasses.replace(ffn, up=ffn.up.at[3, 4].set(jnp.nan)))
@@ -415,7 +430,11 @@ def test_numbers_that_are_none_are_named(small, tmp_path):
             jsparse.load(tmp_path / "nan", dtype=dtype)
     fitted = jsparse.fit_predictors(small, TOKENS, rank=4, bits=4)
     spoilt = dataclasses.replace(fitted.predictors[0], bias=fitted.predictors[0].bias.at[2].set(jnp.nan))
-    jsparse.save(dataclasses.replace(fitted, predictors=(spoilt, *fitted.predictors[1:])), tmp_path / "predictors")
+    broken = dataclasses.replace(fitted, predictors=(spoilt, *fitted.predictors[1:]))
+    with pytest.raises(jsparse.JsparseError, match="0/bias cannot be saved: it holds NaN"):
+        jsparse.save(broken, tmp_path / "predictors")
+    monkeypatch.setattr(native, "_check_loadable", lambda params: None)
+    jsparse.save(broken, tmp_path / "predictors")
     with pytest.raises(jsparse.JsparseError, match="0/bias holds NaN"):
         jsparse.load(tmp_path / "predictors")
     jsparse.save(fitted, tmp_path / "columns")
@@ -490,7 +509,7 @@ def test_low_bit_rows_load_as_floats_again(dtype, error, small, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_scales_that_are_not_finite_are_refused(dtype, small, tmp_path):
+def test_scales_that_are_not_finite_are_refused(dtype, small, tmp_path, monkeypatch):
     jsparse.save(small, tmp_path / "floats")
     rounded = jsparse.load(tmp_path / "floats", dtype=dtype)
     gate = rounded.weights.layers[1].ffn.gate
@@ -499,9 +518,14 @@ def test_scales_that_are_not_finite_are_refused(dtype, small, tmp_path):
     else:
         gate = dataclasses.replace(gate, values=gate.values.at[3, -2:].set(jnp.asarray([0, 0x7E], jnp.uint8)))
     ffn = dataclasses.replace(rounded.weights.layers[1].ffn, gate=gate)
-    weights = rounded.weights.replace_layer(1, ffn=ffn)
-    jsparse.save(dataclasses.replace(rounded, weights=weights), tmp_path / "saved")
-    wanted = re.escape(str(tmp_path / "saved")) + ".*: layers/1/ffn/gate: a scale is missing, or is NaN or infinite"
+    broken = dataclasses.replace(rounded, weights=rounded.weights.replace_layer(1, ffn=ffn))
+    said = "a scale is NaN or infinite"
+    with pytest.raises(jsparse.JsparseError, match=f"layers/1/ffn/gate cannot be saved: {said}"):
+        jsparse.save(broken, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    monkeypatch.setattr(native, "_check_loadable", lambda params: None)
+    jsparse.save(broken, tmp_path / "saved")
+    wanted = re.escape(str(tmp_path / "saved")) + f".*: layers/1/ffn/gate: {said}"
     with pytest.raises(jsparse.JsparseError, match=wanted):
         jsparse.load(tmp_path / "saved")
 
@@ -516,7 +540,10 @@ def test_scales_that_are_not_finite_are_refused(dtype, small, tmp_path):
         ({"codebook": None}, "a matrix of 4 bits with no scales is unknown"),
         ({"bits": 8}, "a matrix of 8 bits with no scales is unknown"),
         ({"bits": 3, "scale": np.ones((4, 1)), "codebook": None}, "a matrix of 3 bits with scales is unknown"),
-        ({"scale": np.ones((3, 1)), "codebook": None, "columns": 72}, "a scale is missing"),
+        (
+            {"scale": np.ones((3, 1)), "codebook": None, "columns": 72},
+            r"scales of shape \(3, 1\) do not belong to 4 rows",
+        ),
     ],
 )
 def test_parts_that_make_no_low_bit_matrix_are_refused(changes, said):

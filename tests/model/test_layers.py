@@ -11,7 +11,7 @@ from conftest import TINY
 
 from jsparse.model.attention import attend
 from jsparse.model.cache import SPARE_SLOTS, LayerCache
-from jsparse.model.layers import Rotation, rotate
+from jsparse.model.layers import Rotation, rotate, shrink_large_biases
 
 
 @pytest.mark.parametrize("positions", [[[0, 1, 4095], [7, 500, 32767]], [[3, 4, 5]]])
@@ -27,6 +27,21 @@ def test_rotary_embedding(positions):
     turned = (x[..., : size // 2] + 1j * x[..., size // 2 :]) * np.exp(1j * angles)
     error = np.abs(found - np.concatenate([turned.real, turned.imag], axis=-1))
     assert np.all(error <= 4e-7 * np.abs(x).max() * (1 + positions[..., None, None]))
+
+
+def test_large_key_biases_are_shrunk_and_products_stay_to_the_bit():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.standard_normal((2, 3, heads, 16)), jnp.float32) for heads in (4, 2))
+    bias = np.zeros((2, 16), np.float32)
+    bias[0, 3], bias[0, 8], bias[1, 0] = -100, 7.9, 8
+    scaled_q, scaled_k = shrink_large_biases(q, k + bias, jnp.asarray(bias.ravel()))
+    ratio = np.asarray((k + bias) / scaled_k)
+    expected = np.ones((2, 16))
+    expected[0, [3, 11]] = 8  # with its partner in the rotary embedding; what is left of 100 is 12.5
+    np.testing.assert_array_equal(ratio, np.broadcast_to(expected, ratio.shape))
+    grouped = (np.asarray(x).reshape(2, 3, 2, 2, 16) for x in (q, scaled_q))
+    before, after = (y * np.asarray(keys)[:, :, :, None] for y, keys in zip(grouped, (k + bias, scaled_k)))
+    np.testing.assert_array_equal(before, after)
 
 
 @pytest.mark.parametrize(("length", "window"), [(128, None), (300, None), (32, 20), (100, 20)])

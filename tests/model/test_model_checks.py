@@ -28,6 +28,8 @@ from jsparse.predictors.svd import fit_low_bit, fit_svd
         ({"rope_theta": 0.0}, "rope_theta is 0.0"),
         ({"norm_eps": -1.0}, "norm_eps is -1.0"),
         ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"sliding_window": 2**31}, "sliding_window is 2147483648, more than positions of 32 bits can count"),
+        ({"num_layers": 10_001}, "num_layers is 10001, more than 10000"),
         ({"rope_scaling": jsparse.model.config.RopeScaling("linear", 0.0)}, "scaling factor is 0.0"),
         ({"ffn_kind": "gelu"}, "ffn_kind is 'gelu'"),
         ({"ffn_threshold": 0.1}, "ffn_threshold is 0.1, but reglu has none"),
@@ -120,6 +122,15 @@ def with_config(params: jsparse.Params, **changes) -> jsparse.Params:
             "layers/2/attention/k/rows is unknown",
         ),
         (lambda p: dataclasses.replace(p, weights=dataclasses.replace(p.weights, head=None)), "head is missing"),
+        *(
+            (
+                lambda p, dtype=dtype: dataclasses.replace(
+                    p, weights=dataclasses.replace(p.weights, head=p.weights.head.astype(dtype))
+                ),
+                f"head is of {dtype}, expected one of float32, bfloat16, float16",
+            )
+            for dtype in ("int32", "bool", "float8_e4m3fn")
+        ),
     ],
 )
 @pytest.mark.parametrize("use", ["generate", "fit", "save", "export"])
