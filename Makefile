@@ -16,8 +16,8 @@ SHAPES := Llama-2-7B Mistral-7B Qwen2-7B MiniCPM-1B
 demo: .venv/core
 	$(BIN)/python examples/demo.py
 
-# Two workers, each with whole classes and modules.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+# Two workers, each with whole classes and modules, in the order that tests/conftest.py gives them.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 # XLA compiles some 4,000 small programs. With the optimisations that users get that takes three times as long.
 QUICK := XLA_FLAGS=--xla_cpu_use_fusion_emitters=false JAX_DISABLE_MOST_OPTIMIZATIONS=1
 

@@ -14,8 +14,8 @@ from rich.progress import track
 from rich.table import Table
 
 import jsparse
+from benchmarks.held_out import model_and_rows, parser
 from benchmarks.report import interval, print_json
-from benchmarks.rounding import model_and_rows, parser
 from jsparse.evaluation.scoring import teacher_forced
 from jsparse.executors.select import select_executor
 

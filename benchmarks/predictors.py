@@ -14,8 +14,8 @@ from rich.progress import track
 from rich.table import Table
 
 import jsparse
+from benchmarks.held_out import model_and_rows, parser
 from benchmarks.report import interval, positive, print_json
-from benchmarks.rounding import model_and_rows, parser
 from jsparse.arrays import DTYPES
 from jsparse.evaluation.scoring import teacher_forced
 from jsparse.executors.select import select_executor
@@ -43,11 +43,15 @@ def main() -> None:
     command.add_argument("--seeds", type=positive, default=3, help="calibrations, default %(default)s")
     args = command.parse_args()
     exact, rows = model_and_rows(command, args)
-    try:
-        texts = default_texts(args.model)
-    except jsparse.JsparseError as error:
-        command.error(str(error))
-    settings = [(dtype, rank) for rank in args.rank or [None] for dtype in args.dtype]
+    if args.model != "default":
+        command.error(f"{args.model} comes without calibration text, which only the shipped model, default, has")
+    texts = default_texts("default")
+    for rank in args.rank or [None]:
+        try:
+            CalibrationOptions(rank=rank, sparsity=args.sparsity).check(exact.config)
+        except jsparse.JsparseError as error:
+            command.error(str(error))
+    settings = [(dtype, rank) for rank in args.rank or [None] for dtype in dict.fromkeys(args.dtype)]
     results = []
     for (dtype, rank), seed in track(
         [(setting, seed) for setting in settings for seed in range(args.seeds)], "Fits", console=Console(stderr=True)
@@ -66,13 +70,13 @@ def main() -> None:
                 "interval": interval(kl),
                 "recall": caught / active,
                 "skipped": 1 - predicted / (rows.size * params.config.num_layers * params.config.intermediate_size),
-                "predictor_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params.predictors)),
+                "predictor_bytes": sum(leaf.nbytes for p in params.predictors for leaf in jax.tree.leaves((p.a, p.b))),
                 "matrix_bytes": sum(leaf.nbytes for layer in params.weights.layers for leaf in jax.tree.leaves(layer)),
             }
         )
     table = Table(
-        title=f"{exact.config.name}: {rows.size:,} tokens, KL(dense || sparse) in nats per token, means of "
-        f"{args.seeds} calibrations"
+        title=f"{exact.config.name}: {rows.size:,} tokens, KL(dense || sparse) in nats per token, the mean "
+        f"over calibrations with {args.seeds} seeds"
     )
     columns = ("weights", "rank", "KL", "over the first", "recall", "skipped", "predictors, kB", "layers, kB")
     for column in columns:

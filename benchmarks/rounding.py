@@ -6,7 +6,7 @@ matrices alone, and of embedding and head beside our int4 matrices. Differences 
 intervals.
 """
 
-import argparse
+import importlib.util
 import math
 import tempfile
 from collections.abc import Callable
@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from gguf import GGMLQuantizationType, quants
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import jsparse
 from benchmarks.gguf_files import quantize_gguf, read_gguf, tensor_name, write_gguf
-from benchmarks.report import interval, positive, print_json
-from jsparse.arrays import Matrix, dequantize
-from jsparse.evaluation.scoring import held_out_rows, teacher_forced
+from benchmarks.held_out import model_and_rows, parser
+from benchmarks.report import interval, print_json
+from jsparse.arrays import GROUP, Matrix, dequantize
+from jsparse.evaluation.scoring import teacher_forced
 from jsparse.executors.select import select_executor
 from jsparse.model.parameters import by_path, make_weights, parameters
 from jsparse.model.weights import Weights
@@ -38,6 +38,8 @@ Rounded = tuple[Matrix, int]
 
 def q4_0(matrix: Matrix) -> Rounded:
     """What Q4_0 leaves of a matrix, groups along its inputs as in a GGUF file."""
+    from gguf import GGMLQuantizationType, quants
+
     kind = GGMLQuantizationType.Q4_0
     blocks = quants.quantize(np.asarray(dequantize(matrix)), kind)
     return jnp.asarray(quants.dequantize(blocks, kind)), blocks.nbytes
@@ -83,6 +85,10 @@ RULES: dict[str, dict[str, Callable[[Matrix], Rounded]]] = {
 """Versions by name: each maps roles or names of matrices to the function that rounds them."""
 Q4_K_M = "Q4_K_M"
 """A version that llama.cpp makes, which gives some matrices more bits than others: it takes llama-cpp-python."""
+
+
+PACKAGES = {"gguf": "gguf", "llama_cpp": "llama-cpp-python"}
+"""What to install for a module; the second is for Q4_K_M alone."""
 
 
 class Version(NamedTuple):
@@ -151,38 +157,21 @@ def divergences(params: jsparse.Params, rows: np.ndarray, versions: dict[str, We
     return {name: np.asarray(values) for name, values in found.items()}
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Make a parser of the arguments that choose a model and its text."""
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument("model", nargs="?", default="default", help="with text of the shipped model, in its own tokens")
-    made.add_argument("--tokens", type=positive, default=20_000, help="at least, default %(default)s")
-    made.add_argument("--window", type=positive, help="tokens of a window, default: the model's context")
-    return made
-
-
-def model_and_rows(command: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[jsparse.Params, np.ndarray]:
-    """Load the model in float32, and windows of held-out text with as many tokens as the command line asks for."""
-    try:
-        params = jsparse.load(args.model, dtype="float32")
-    except jsparse.JsparseError as error:
-        command.error(str(error))
-    if params.tokenizer is None:
-        command.error(f"{args.model} has no tokenizer, and held-out text is in words")
-    window = min(args.window or params.config.context_length, params.config.context_length)
-    if window < 2:
-        command.error(f"--window is {window}; it must be at least 2")
-    rows = held_out_rows(params, -(-args.tokens // window), window)
-    if not rows.size:
-        command.error(f"no held-out text has windows of {window} tokens; choose another --window")
-    return params, rows
-
-
 def main() -> None:
     command = parser(__doc__.splitlines()[0])
     names = [*RULES, Q4_K_M]
     command.add_argument("--rounding", choices=names, nargs="+", default=list(RULES), help="default: all but Q4_K_M")
     args = command.parse_args()
+    for module, package in PACKAGES.items():
+        is_used = module == "gguf" or Q4_K_M in args.rounding
+        if is_used and importlib.util.find_spec(module) is None:
+            command.error(f"this takes the package {package}: pip install {package}")
     params, rows = model_and_rows(command, args)
+    config = params.config
+    if config.hidden_size % GROUP or config.intermediate_size % GROUP:
+        command.error(f"Q4_0 has groups of {GROUP}; of {config.name or args.model} a row is no multiple of them")
+    if Q4_K_M in args.rounding and not config.ffn_spec().up:
+        command.error(f"{Q4_K_M} is made from a file of Llama's architecture; this model's FFN has no up matrix")
     made = {
         name: q4_k_m(params) if name == Q4_K_M else rounded(params, RULES[name])
         for name in dict.fromkeys(["Q4_0", *args.rounding])

@@ -135,8 +135,10 @@ def check_rows(rows: Rows) -> None:
     scale = rows.scale if codebook is None else split_groups(values, columns)[1]
     if scale.ndim != 2 or len(scale) != len(values) or (codebook is None and scale.shape[1] != 1):
         raise ValueError(f"scales of shape {scale.shape} do not belong to {len(values)} rows")
-    if not jnp.issubdtype(scale.dtype, jnp.floating) or not jnp.isfinite(scale).all():
-        raise ValueError("a scale is NaN or infinite, or no float")
+    if codebook is None and scale.dtype != jnp.float32:
+        raise ValueError(f"scales of {scale.dtype}; they must be float32")
+    if not jnp.isfinite(scale).all():
+        raise ValueError("a scale is NaN or infinite")
 
 
 def dequantize(matrix: Matrix) -> Float[Array, "rows columns"]:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -48,10 +49,19 @@ from jsparse.model.parameters import Parameter, by_path, make_weights, parameter
 from jsparse.model.weights import Predictor
 from jsparse.rounding import cast
 
+_FIRST = ("test_native", "test_readme")
+"""Modules of few tests that take long: as the last, they would leave a worker with nothing to do."""
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark as nightly the cases that a suite which compiles slowly leaves to `make test-all`."""
+    """Put classes and modules in the order in which workers take them, those of many tests before those of few.
+
+    Mark as nightly the cases that a suite which compiles slowly leaves to `make test-all`.
+    """
+    scopes = {item: item.nodeid.rpartition("::")[0] for item in items}
+    count = Counter(scopes.values())
+    items.sort(key=lambda item: (item.module.__name__ not in _FIRST, -count[scopes[item]]))
     for item in items:
         is_slow = getattr(item.cls, "compiles_slowly", False) and hasattr(item, "callspec")
         if is_slow and not is_one_of_each(item.originalname, item.callspec.params):

@@ -227,7 +227,7 @@ def _flatten(leaves: dict[str, Matrix]) -> dict[str, tuple[jax.Array, dict]]:
     flat = {}
     for name, leaf in leaves.items():
         if isinstance(leaf, Rows):
-            storage = {"bits": leaf.storage.bits, "columns": leaf.columns, "group": leaf.storage.group}
+            storage = {"bits": leaf.storage.bits, "columns": int(leaf.columns), "group": leaf.storage.group}
             flat[f"{name}/values"] = (leaf.values, {**_describe(leaf.values), **storage})
             parts = {"scale": leaf.scale, "codebook": leaf.codebook}
             flat |= {f"{name}/{part}": (array, _describe(array)) for part, array in parts.items() if array is not None}

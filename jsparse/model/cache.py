@@ -80,7 +80,9 @@ def quantize_heads(x: Float[Array, "... H"]) -> tuple[Int[Array, "... H"], Float
     magnitude to 127. A group that holds NaN or infinity gets a scale that is NaN or infinite."""
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % GROUP)])
     groups = padded.reshape(*x.shape[:-1], -1, GROUP)
-    scale = jnp.max(jnp.abs(groups), axis=-1) * np.float32(1 / 127)
+    largest = jnp.max(jnp.abs(groups), axis=-1)
+    largest = jnp.where(jnp.any(jnp.isnan(groups), axis=-1), jnp.nan, largest)  # which XLA's maximum may lose
+    scale = largest * np.float32(1 / 127)
     scale = jnp.where(scale < jnp.finfo(jnp.bfloat16).tiny, 0, scale)
     # Not a cast and back, which XLA takes for nothing on a GPU: the codes would be those of another scale.
     scale = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)

@@ -1,11 +1,14 @@
 """The architecture of a model: one frozen dataclass and a preset for every supported checkpoint."""
 
 import dataclasses
-from numbers import Integral
+import math
 from typing import Literal, get_args
+
+import numpy as np
 
 from jsparse.errors import JsparseError
 from jsparse.model.ffn import KINDS, FFNSpec, Pipeline
+from jsparse.options import is_number, is_whole
 
 _ScalingKind = Literal["linear", "llama3", "yarn"]
 _SIZES = (
@@ -19,6 +22,8 @@ _SIZES = (
     "context_length",
 )
 """Fields that are whole numbers from 1 on."""
+_NUMBERS = ("ffn_threshold", "rope_theta", "norm_eps", "embed_scale", "residual_scale", "logit_scale")
+"""Fields that are finite numbers."""
 _MOST_LAYERS = 10_000
 """No model has as many. Lists of a damaged file's billions of layers would take all memory before anything is read."""
 
@@ -99,6 +104,9 @@ class ModelConfig:
     experts: Experts | None = None
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), np.generic):
+                object.__setattr__(self, field.name, value.item())
         self._check_types()
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         for field in ("slides", "rotates"):
@@ -153,10 +161,16 @@ class ModelConfig:
         problems = [
             f"{field} is {getattr(self, field)!r} and must be a whole number"
             for field in (*_SIZES, "rotary_dim", *windows)
-            if not isinstance(getattr(self, field), Integral)
+            if not is_whole(getattr(self, field))
         ]
-        if not isinstance(self.eos_token_ids, list | tuple):
-            problems.append(f"eos_token_ids is {self.eos_token_ids!r} and must be a list of token ids")
+        problems += [
+            f"{field} is {getattr(self, field)!r} and must be a finite number"
+            for field in _NUMBERS
+            if not is_number(getattr(self, field)) or not math.isfinite(getattr(self, field))
+        ]
+        ids = self.eos_token_ids
+        if not isinstance(ids, list | tuple) or not all(map(is_whole, ids)):
+            problems.append(f"eos_token_ids is {ids!r} and must be a list of token ids")
         for field in ("slides", "rotates"):
             if not isinstance(flags := getattr(self, field), list | tuple | None):
                 problems.append(f"{field} is {flags!r} and must be a list of true and false, one per layer, or None")

@@ -12,7 +12,7 @@ import numpy as np
 from jsparse.arrays import GROUP, Matrix, Rows, Storage
 from jsparse.errors import JsparseError, listing
 from jsparse.model.config import ModelConfig
-from jsparse.model.weights import AttentionWeights, FFNWeights, Layer, Linear, Params, Weights
+from jsparse.model.weights import AttentionWeights, FFNWeights, Layer, Linear, Params, Predictor, Weights
 from jsparse.typing import Array
 
 Role = Literal["embed", "head", "matrix", "norm", "bias"]
@@ -144,6 +144,8 @@ def check_weights(weights: Weights, config: ModelConfig) -> None:
 def check_leaves(leaves: dict[str, Matrix | Array], config: ModelConfig) -> None:
     """`check_weights` of arrays by their path."""
     wanted = {path: entry.shape for path, entry in parameters(config).items()}
+    if problems := _no_arrays(leaves):
+        raise JsparseError(f"the weights do not fit the config: {listing(problems, between='; ')}")
     found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     problems = [f"{path} is missing" for path in wanted.keys() - found.keys()]
     problems += [f"{path} is unknown" for path in found.keys() - wanted.keys()]
@@ -152,13 +154,27 @@ def check_leaves(leaves: dict[str, Matrix | Array], config: ModelConfig) -> None
         for path in wanted.keys() & found.keys()
         if found[path] != wanted[path]
     ]
-    problems += [
+    problems += _no_floats(leaves)
+    if problems:
+        raise JsparseError(f"the weights do not fit the config: {listing(sorted(problems), between='; ')}")
+
+
+def _no_arrays(leaves: dict[str, Any]) -> list[str]:
+    """What is said of leaves that are no arrays."""
+    return [
+        f"{path} is of type {type(leaf).__name__}, expected an array"
+        for path, leaf in leaves.items()
+        if not isinstance(leaf, Rows | jax.Array | np.ndarray)
+    ]
+
+
+def _no_floats(leaves: dict[str, Matrix | Array]) -> list[str]:
+    """What is said of arrays that hold no floats, or floats that no executor reads."""
+    return [
         f"{path} is of {leaf.dtype}, expected one of {', '.join(_FLOATS)}"
         for path, leaf in leaves.items()
         if not isinstance(leaf, Rows) and str(leaf.dtype) not in _FLOATS
     ]
-    if problems:
-        raise JsparseError(f"the weights do not fit the config: {listing(sorted(problems), between='; ')}")
 
 
 def check_params(params: Any) -> None:
@@ -176,8 +192,18 @@ def check_predictors(params: Any) -> None:
     c = params.config
     if not c.is_sparse:
         raise JsparseError(f"there are predictors, but a {c.ffn_kind} FFN has no zero neurons to predict")
+    if not isinstance(params.predictors, tuple | list) or not all(isinstance(p, Predictor) for p in params.predictors):
+        raise JsparseError("params.predictors must be a tuple of jsparse.Predictor, one for each layer, or None")
     if len(params.predictors) != c.num_layers:
         raise JsparseError(f"there are {len(params.predictors)} predictors for a model of {c.num_layers} layers")
+    parts = {
+        f"layer {layer} {name}": part
+        for layer, predictor in enumerate(params.predictors)
+        for name in ("a", "b", "bias", "rate")
+        if (part := getattr(predictor, name)) is not None or name != "rate"
+    }
+    if problems := _no_arrays(parts) or _no_floats(parts):
+        raise JsparseError(f"the predictors cannot be used: {listing(problems, between='; ')}")
     problems = []
     for layer, predictor in enumerate(params.predictors):
         wanted = {"a": (predictor.rank, c.hidden_size), "b": (c.intermediate_size, predictor.rank)}

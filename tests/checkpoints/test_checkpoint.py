@@ -539,6 +539,10 @@ def test_scales_that_are_not_finite_are_refused(dtype, small, tmp_path, monkeypa
         ({"codebook": np.zeros(15, np.int8)}, r"a codebook of int8 \(15,\); it has 16 numbers of int8"),
         ({"codebook": None}, "a matrix of 4 bits with no scales is unknown"),
         ({"bits": 8}, "a matrix of 8 bits with no scales is unknown"),
+        (
+            {"values": np.zeros((4, 64), np.int8), "scale": np.ones((4, 1), np.float16), "codebook": None, "bits": 8},
+            "float16",
+        ),
         ({"bits": 3, "scale": np.ones((4, 1)), "codebook": None}, "a matrix of 3 bits with scales is unknown"),
         (
             {"scale": np.ones((3, 1)), "codebook": None, "columns": 72},

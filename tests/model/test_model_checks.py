@@ -30,6 +30,10 @@ from jsparse.predictors.svd import fit_low_bit, fit_svd
         ({"sliding_window": 0}, "sliding_window is 0"),
         ({"sliding_window": 2**31}, "sliding_window is 2147483648, more than positions of 32 bits can count"),
         ({"num_layers": 10_001}, "num_layers is 10001, more than 10000"),
+        ({"num_layers": True}, "num_layers is True and must be a whole number"),
+        ({"embed_scale": "x"}, "embed_scale is 'x' and must be a finite number"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan and must be a finite number"),
+        ({"eos_token_ids": ("a",)}, r"eos_token_ids is \('a',\) and must be a list of token ids"),
         ({"rope_scaling": jsparse.model.config.RopeScaling("linear", 0.0)}, "scaling factor is 0.0"),
         ({"ffn_kind": "gelu"}, "ffn_kind is 'gelu'"),
         ({"ffn_threshold": 0.1}, "ffn_threshold is 0.1, but reglu has none"),
@@ -57,6 +61,31 @@ def test_weights_of_another_config_are_refused(fields, tmp_path):
     with pytest.raises(jsparse.JsparseError, match="the weights do not fit the config"):
         save(other, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"a": jnp.ones((4, 64), jnp.int32)}, "layer 1 a is of int32, expected one of float32, bfloat16, float16"),
+        ({"bias": np.zeros(256, np.float64)}, "layer 1 bias is of float64"),
+        ({"b": [1.0]}, "layer 1 b is of type list, expected an array"),
+    ],
+)
+def test_predictors_of_another_type_are_refused(changes, message, tiny_fitted, tmp_path):
+    first, second, third = tiny_fitted.predictors
+    broken = dataclasses.replace(tiny_fitted, predictors=(first, dataclasses.replace(second, **changes), third))
+    with pytest.raises(jsparse.JsparseError, match=message):
+        jsparse.generate(broken, np.array([1, 2, 3]))
+    with pytest.raises(jsparse.JsparseError, match=message):
+        save(broken, tmp_path / "model")
+    with pytest.raises(jsparse.JsparseError, match=r"must be a tuple of jsparse\.Predictor"):
+        save(dataclasses.replace(tiny_fitted, predictors=(1, 2, 3)), tmp_path / "model")
+
+
+def test_numbers_of_numpy_in_a_config_are_saved(tiny, tmp_path):
+    config = dataclasses.replace(TINY, num_heads=np.int64(4), logit_scale=np.float32(0.5))
+    save(dataclasses.replace(tiny, config=config), tmp_path / "model")
+    assert jsparse.load(tmp_path / "model").config == dataclasses.replace(TINY, logit_scale=0.5)
 
 
 def test_predictors_on_a_dense_model_are_refused(tiny_fitted):
