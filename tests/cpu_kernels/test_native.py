@@ -16,7 +16,7 @@ SOURCES = [
     ROOT / "tests" / "cpu_kernels" / "test_ops.cc",
 ]
 INSTRUCTION_SETS = ("avx512vnni", "avx512", "avx2", "baseline")
-FLAGS = ["-std=c++17", "-O1", "-g1", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
+FLAGS = ["-std=c++17", "-g1", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
 
 
 def compiler() -> str:
@@ -44,15 +44,16 @@ def test_headers_compile_alone(tmp_path):
     ],
 )
 def test_native_operations(sanitizers, every, tmp_path):
-    """With the instruction set that this processor is given, or with every one: all have the same source."""
+    """With the instruction set that this processor is given, not optimised, which compiles in a third of the time; or
+    with every one, optimised. All have the same source."""
     sets = INSTRUCTION_SETS if every or cpu_kernels.unavailable() else [cpu_kernels.instruction_set()]
     sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     objects = [tmp_path / f"{source.stem}.o" for source in SOURCES]
     running = []
     for source, target in zip(SOURCES, objects):
         name = source.stem.removeprefix("kernels_")
-        flags = ["-O0"] if name in INSTRUCTION_SETS and name not in sets else sanitize
-        command = [compiler(), *FLAGS, *flags, "-c", source, "-o", target, f"-I{NATIVE}"]
+        flags = [] if name in INSTRUCTION_SETS and name not in sets else sanitize
+        command = [compiler(), *FLAGS, "-O1" if every else "-O0", *flags, "-c", source, "-o", target, f"-I{NATIVE}"]
         running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     for process in running:
         _, errors = process.communicate()
