@@ -12,7 +12,7 @@ constexpr int64_t kKeyBlock = 64;     // positions whose keys and values have a 
 constexpr int64_t kQueryTokens = 16;  // that a pass over the keys takes at most
 constexpr int64_t kFew = 8;           // tokens that are taken in by the calling thread alone
 constexpr int64_t kSlotsAtOnce = 4;   // for one head after another; or more, of at most so many bytes:
-constexpr int64_t kBlockBytes = 1 << 14;
+constexpr int64_t kBlockBytes = 1 << 16;
 
 uint16_t ToBF16(float value) {
   uint32_t bits;
