@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: written from random matrices or a model's, quantised by llama.cpp itself, read back."""
+"""GGUF files for llama.cpp are written here, of random matrices or a model's, quantised by llama.cpp, and read."""
 
 import ctypes
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import jsparse
+from jsparse.model.parameters import parameters
 
 FILE_TYPES = {"q4_0": 2, "q4_k_m": 15}
 """llama.cpp's codes of the types to which it quantises a file itself; some matrices then have more bits."""
@@ -22,14 +23,14 @@ _NAMES = {
 
 
 def tensor_name(path: str) -> str | None:
-    """What GGUF calls the matrix of a layer at that path in `Weights`; None where it is none."""
+    """Name the layer's matrix at a path of `Weights` as GGUF does; None where the path is of another array."""
     folder, _, name = path.partition("/")
     layer, _, name = name.partition("/")
     return f"blk.{layer}.{_NAMES[name]}.weight" if folder == "layers" and name in _NAMES else None
 
 
 def random_matrices() -> Callable[[str, tuple[int, int]], np.ndarray]:
-    """Matrices (out, in) for `write_gguf`; those of one shape are the same array."""
+    """Make a source of random matrices for `write_gguf`, which gives one array for all of a shape."""
     rng, made = np.random.default_rng(0), {}
 
     def matrix(name: str, shape: tuple[int, int]) -> np.ndarray:
@@ -76,22 +77,16 @@ def write_gguf(
             encoded[id(exact)] = exact, gguf.quants.quantize(exact, kind)
         writer.add_tensor(name, encoded[id(exact)][1], raw_dtype=kind)
 
-    width, ones = config.hidden_size, np.ones(config.hidden_size, np.float32)
-    attention, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    add("token_embd.weight", config.vocab_size, width)
-    add("output.weight", config.vocab_size, width)
+    ones = np.ones(config.hidden_size, np.float32)
+    for name in ("token_embd.weight", "output.weight"):
+        add(name, config.vocab_size, config.hidden_size)
     writer.add_tensor("output_norm.weight", ones)
     for layer in range(config.num_layers):
-        prefix = f"blk.{layer}."
-        writer.add_tensor(f"{prefix}attn_norm.weight", ones)
-        writer.add_tensor(f"{prefix}ffn_norm.weight", ones)
-        add(f"{prefix}attn_q.weight", attention, width)
-        add(f"{prefix}attn_k.weight", kv, width)
-        add(f"{prefix}attn_v.weight", kv, width)
-        add(f"{prefix}attn_output.weight", width, attention)
-        add(f"{prefix}ffn_gate.weight", config.intermediate_size, width)
-        add(f"{prefix}ffn_up.weight", config.intermediate_size, width)
-        add(f"{prefix}ffn_down.weight", width, config.intermediate_size)
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{norm}.weight", ones)
+    for path, entry in parameters(config).items():
+        if name := tensor_name(path):
+            add(name, *(entry.shape[::-1] if path.endswith("down_t") else entry.shape))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -112,7 +107,7 @@ def quantize_gguf(path: Path, dtype: str) -> Path:
 
 
 def read_gguf(path: Path) -> dict[str, tuple[np.ndarray, int]]:
-    """Every tensor of a file by its name: in float32, and the bytes that it takes in the file."""
+    """Read every tensor of a file by its name: in float32, and the bytes that it takes in the file."""
     import gguf
 
     tensors = gguf.GGUFReader(path).tensors
@@ -120,7 +115,7 @@ def read_gguf(path: Path) -> dict[str, tuple[np.ndarray, int]]:
 
 
 def read_bytes(path: Path) -> int:
-    """Bytes of a file's tensors but for the embedding, of which a token reads a row."""
+    """Count the bytes of a file's tensors but for the embedding, of which a token reads a row."""
     import gguf
 
     tensors = gguf.GGUFReader(path).tensors

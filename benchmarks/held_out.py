@@ -1,4 +1,4 @@
-"""The model and the text of the benchmarks that measure divergences, from the command line."""
+"""The benchmarks that measure divergences take their model and held-out text from here, by the command line."""
 
 import argparse
 
@@ -7,6 +7,11 @@ import numpy as np
 import jsparse
 from benchmarks.report import positive
 from jsparse.evaluation.scoring import held_out_rows
+
+
+def divergence(exact: np.ndarray, other: np.ndarray) -> float:
+    """Compute KL(exact || other) of log-probabilities (T, V), in nats, the mean over the tokens."""
+    return float(np.sum(np.exp(exact) * (exact - other), axis=-1).mean())
 
 
 def parser(description: str) -> argparse.ArgumentParser:

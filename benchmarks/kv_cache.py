@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jsparse
-from benchmarks.held_out import model_and_rows, parser
+from benchmarks.held_out import divergence, model_and_rows, parser
 from benchmarks.report import interval, print_json
 from jsparse.evaluation.scoring import teacher_forced
 from jsparse.executors.select import select_executor
@@ -46,8 +46,7 @@ def divergences(params: jsparse.Params, rows: np.ndarray, name: str) -> dict[tup
         operands = params.weights, None, row, params.config, executor
         log_p = {kv_dtype: np.asarray(teacher_forced(*operands, kv_dtype)[0]) for kv_dtype in {*sum(PAIRS, ())}}
         for first, second in PAIRS:
-            kl = np.sum(np.exp(log_p[first]) * (log_p[first] - log_p[second]), axis=-1)
-            found[first, second].append(kl.mean())
+            found[first, second].append(divergence(log_p[first], log_p[second]))
     return {pair: np.asarray(values) for pair, values in found.items()}
 
 

@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jsparse
-from benchmarks.held_out import model_and_rows, parser
+from benchmarks.held_out import divergence, model_and_rows, parser
 from benchmarks.report import interval, positive, print_json
 from jsparse.arrays import DTYPES
 from jsparse.evaluation.scoring import teacher_forced
@@ -23,16 +23,39 @@ from jsparse.predictors.options import CalibrationOptions
 from jsparse.predictors.texts import default_texts
 
 
-def divergence(params: jsparse.Params, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """KL(dense || sparse) of every row, the mean over its tokens; neurons predicted, caught and active of all."""
-    executor, found = select_executor(), []
+def compare(params: jsparse.Params, rows: np.ndarray) -> dict:
+    """Measure KL(dense || sparse), the mean over the rows, and what the predictors caught and skipped."""
+    executor, config, found = select_executor(), params.config, []
     counts = np.zeros(3)
     for row in rows:
-        exact = np.asarray(teacher_forced(params.weights, None, row, params.config, executor)[0])
-        log_p, row_counts = teacher_forced(params.weights, params.predictors, row, params.config, executor)
-        found.append(np.sum(np.exp(exact) * (exact - np.asarray(log_p)), axis=-1).mean())
+        exact, _ = teacher_forced(params.weights, None, row, config, executor)
+        log_p, row_counts = teacher_forced(params.weights, params.predictors, row, config, executor)
+        found.append(divergence(np.asarray(exact), np.asarray(log_p)))
         counts += np.asarray(row_counts).sum(axis=0)
-    return np.asarray(found), counts
+    predicted, caught, active = counts
+    return {
+        "kl": float(np.mean(found)),
+        "interval": interval(found),
+        "recall": caught / active,
+        "skipped": 1 - predicted / (rows.size * config.num_layers * config.intermediate_size),
+    }
+
+
+def measure(model: str, dtypes: list[str], fits: list[CalibrationOptions], rows: np.ndarray) -> list[dict]:
+    """Fit and compare in every storage: an entry for each fit."""
+    texts, results = default_texts(model), []
+    for dtype in dtypes:
+        params = jsparse.load(model, dtype=dtype)
+        for options in track(fits, f"Fits in {dtype}", console=Console(stderr=True)):
+            fitted = jsparse.fit_predictors(params, texts, **dataclasses.asdict(options))
+            setting = {"dtype": dtype, "rank": fitted.predictors[0].rank, "bits": options.bits}
+            setting |= {"sparsity": options.sparsity, "seed": options.seed}
+            sizes = {
+                "predictor_bytes": sum(leaf.nbytes for p in fitted.predictors for leaf in jax.tree.leaves((p.a, p.b))),
+                "matrix_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params.weights.layers)),
+            }
+            results.append(setting | compare(fitted, rows) | sizes)
+    return results
 
 
 def main() -> None:
@@ -42,38 +65,20 @@ def main() -> None:
     command.add_argument("--sparsity", type=float, default=CalibrationOptions().sparsity, help="default %(default)s")
     command.add_argument("--seeds", type=positive, default=3, help="calibrations, default %(default)s")
     args = command.parse_args()
-    exact, rows = model_and_rows(command, args)
     if args.model != "default":
         command.error(f"{args.model} comes without calibration text, which only the shipped model, default, has")
-    texts = default_texts("default")
-    for rank in args.rank or [None]:
-        try:
-            CalibrationOptions(rank=rank, sparsity=args.sparsity).check(exact.config)
-        except jsparse.JsparseError as error:
-            command.error(str(error))
-    settings = [(dtype, rank) for rank in args.rank or [None] for dtype in dict.fromkeys(args.dtype)]
-    results = []
-    for (dtype, rank), seed in track(
-        [(setting, seed) for setting in settings for seed in range(args.seeds)], "Fits", console=Console(stderr=True)
-    ):
-        options = CalibrationOptions(rank=rank, sparsity=args.sparsity, seed=seed)
-        params = jsparse.fit_predictors(jsparse.load(args.model, dtype=dtype), texts, **dataclasses.asdict(options))
-        kl, (predicted, caught, active) = divergence(params, rows)
-        results.append(
-            {
-                "dtype": dtype,
-                "rank": params.predictors[0].rank,
-                "bits": options.bits,
-                "sparsity": options.sparsity,
-                "seed": seed,
-                "kl": float(kl.mean()),
-                "interval": interval(kl),
-                "recall": caught / active,
-                "skipped": 1 - predicted / (rows.size * params.config.num_layers * params.config.intermediate_size),
-                "predictor_bytes": sum(leaf.nbytes for p in params.predictors for leaf in jax.tree.leaves((p.a, p.b))),
-                "matrix_bytes": sum(leaf.nbytes for layer in params.weights.layers for leaf in jax.tree.leaves(layer)),
-            }
-        )
+    exact, rows = model_and_rows(command, args)
+    fits = [
+        CalibrationOptions(rank=rank, sparsity=args.sparsity, seed=seed)
+        for rank in args.rank or [None]
+        for seed in range(args.seeds)
+    ]
+    try:
+        for options in fits:
+            options.check(exact.config)
+    except jsparse.JsparseError as error:
+        command.error(str(error))
+    results = measure(args.model, [*dict.fromkeys(args.dtype)], fits, rows)
     table = Table(
         title=f"{exact.config.name}: {rows.size:,} tokens, KL(dense || sparse) in nats per token, the mean "
         f"over calibrations with {args.seeds} seeds"
@@ -81,11 +86,10 @@ def main() -> None:
     columns = ("weights", "rank", "KL", "over the first", "recall", "skipped", "predictors, kB", "layers, kB")
     for column in columns:
         table.add_column(column, justify="right")
-    for start in range(0, len(results), args.seeds):
-        group = results[start : start + args.seeds]
-        mean = {key: np.mean([entry[key] for entry in group]) for key in ("kl", "recall", "skipped")}
-        first = np.mean([entry["kl"] for entry in results[: args.seeds]])
-        cells = [group[0]["dtype"], group[0]["rank"], f"{mean['kl']:.5f}", f"{mean['kl'] / first:.2f}"]
+    groups = [results[start : start + args.seeds] for start in range(0, len(results), args.seeds)]
+    means = [{key: np.mean([r[key] for r in group]) for key in ("kl", "recall", "skipped")} for group in groups]
+    for group, mean in zip(groups, means):
+        cells = [group[0]["dtype"], group[0]["rank"], f"{mean['kl']:.5f}", f"{mean['kl'] / means[0]['kl']:.2f}"]
         cells += [f"{mean['recall']:.1%}", f"{mean['skipped']:.1%}"]
         cells += [f"{group[0][key] / 1e3:.0f}" for key in ("predictor_bytes", "matrix_bytes")]
         table.add_row(*map(str, cells))

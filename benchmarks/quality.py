@@ -15,6 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jsparse
+from benchmarks.held_out import divergence
 from jsparse.arrays import DTYPES
 from jsparse.evaluation.scoring import held_out_rows, read_lines, teacher_forced
 from jsparse.executors.select import select_executor
@@ -42,7 +43,7 @@ def arithmetic_exact_match(params: jsparse.Params, problems: list[dict], sparse:
 def measure(params: jsparse.Params, rows: np.ndarray, problems: list[dict], reference: list | None) -> dict:
     """One row of the table; `reference` holds the dense log-probabilities, or is None for the dense model itself."""
     executor = select_executor()
-    hits = divergence = loss = 0.0
+    hits = kl = loss = 0.0
     counts = np.zeros((params.config.num_layers, 3))
     kept = []
     for number, row in enumerate(rows):
@@ -53,14 +54,14 @@ def measure(params: jsparse.Params, rows: np.ndarray, problems: list[dict], refe
         if reference is None:
             kept.append(log_p)
         else:
-            divergence += np.mean(np.sum(np.exp(reference[number]) * (reference[number] - log_p), axis=-1))
+            kl += divergence(reference[number], log_p)
         counts += row_counts
     predicted, caught, active = counts.sum(axis=0)
     pairs = rows.size * params.config.num_layers * params.config.intermediate_size
     return {
         "accuracy": hits / len(rows),
         "loss": loss / len(rows),
-        "kl": divergence / len(rows),
+        "kl": kl / len(rows),
         "recall": caught / active,
         "skipped": 1 - predicted / pairs if params.predictors else 0.0,
         "sparsity": 1 - active / pairs,

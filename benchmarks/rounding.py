@@ -21,7 +21,7 @@ from rich.table import Table
 
 import jsparse
 from benchmarks.gguf_files import quantize_gguf, read_gguf, tensor_name, write_gguf
-from benchmarks.held_out import model_and_rows, parser
+from benchmarks.held_out import divergence, model_and_rows, parser
 from benchmarks.report import interval, print_json
 from jsparse.arrays import GROUP, Matrix, dequantize
 from jsparse.evaluation.scoring import teacher_forced
@@ -46,13 +46,13 @@ def q4_0(matrix: Matrix) -> Rounded:
 
 
 def uniform(matrix: Matrix) -> Rounded:
-    """int4:32 with the codebook of Q4_0."""
+    """Round to int4:32 with the codebook of Q4_0."""
     made = quantize_groups(dequantize(matrix), UNIFORM)
     return made, made.nbytes
 
 
 def to(storage: str) -> Callable[[Matrix], Rounded]:
-    """Rounding to a storage of ours."""
+    """Make a function that rounds to a storage of ours."""
 
     def round_matrix(matrix: Matrix) -> Rounded:
         made = cast(matrix, storage)
@@ -62,7 +62,7 @@ def to(storage: str) -> Callable[[Matrix], Rounded]:
 
 
 def transposed(round_matrix: Callable[[Matrix], Rounded]) -> Callable[[Matrix], Rounded]:
-    """A rounding whose groups run along the rows of the matrix's transpose."""
+    """Make a function that rounds in groups along the rows of the matrix's transpose."""
 
     def of_transpose(matrix: Matrix) -> Rounded:
         made, size = round_matrix(jnp.asarray(dequantize(matrix)).T)
@@ -85,8 +85,6 @@ RULES: dict[str, dict[str, Callable[[Matrix], Rounded]]] = {
 """Versions by name: each maps roles or names of matrices to the function that rounds them."""
 Q4_K_M = "Q4_K_M"
 """A version that llama.cpp makes, which gives some matrices more bits than others: it takes llama-cpp-python."""
-
-
 PACKAGES = {"gguf": "gguf", "llama_cpp": "llama-cpp-python"}
 """What to install for a module; the second is for Q4_K_M alone."""
 
@@ -99,7 +97,7 @@ class Version(NamedTuple):
 
 
 def rounded(params: jsparse.Params, rules: dict[str, Callable[[Matrix], Rounded]]) -> Version:
-    """The model with every array of a role, or of a name, rounded as its rule says."""
+    """Round every array of the model for whose role or name there is a rule."""
     table = parameters(params.config)
 
     def leaf(path: str, matrix: Matrix) -> Rounded:
@@ -110,7 +108,7 @@ def rounded(params: jsparse.Params, rules: dict[str, Callable[[Matrix], Rounded]
 
 
 def q4_k_m(params: jsparse.Params) -> Version:
-    """The model with its block matrices as llama.cpp rounds them to Q4_K_M, without an importance matrix."""
+    """Have llama.cpp round the block matrices to Q4_K_M, without an importance matrix."""
     leaves = by_path(params.weights)
     names = {path: name for path in leaves if (name := tensor_name(path))}
     exact = {name: _inputs_last(path, np.asarray(leaves[path])) for path, name in names.items()}
@@ -131,7 +129,7 @@ def q4_k_m(params: jsparse.Params) -> Version:
 
 
 def _inputs_last(path: str, matrix: np.ndarray) -> np.ndarray:
-    """The matrix as GGUF has it, or back: only down lies the other way round here."""
+    """Transpose down_t, which GGUF stores the other way round; other matrices stay as they are."""
     return np.ascontiguousarray(matrix.T) if path.endswith("down_t") else matrix
 
 
@@ -153,7 +151,7 @@ def divergences(params: jsparse.Params, rows: np.ndarray, versions: dict[str, We
 
         exact = log_p(params.weights)
         for name, weights in versions.items():
-            found[name].append(np.sum(np.exp(exact) * (exact - log_p(weights)), axis=-1).mean())
+            found[name].append(divergence(exact, log_p(weights)))
     return {name: np.asarray(values) for name, values in found.items()}
 
 
@@ -176,12 +174,12 @@ def main() -> None:
         name: q4_k_m(params) if name == Q4_K_M else rounded(params, RULES[name])
         for name in dict.fromkeys(["Q4_0", *args.rounding])
     }
-    divergence = divergences(params, rows, {name: version.weights for name, version in made.items()})
-    results, base = [], divergence["Q4_0"]
+    measured = divergences(params, rows, {name: version.weights for name, version in made.items()})
+    results, base = [], measured["Q4_0"]
     table = Table(title=f"{params.config.name}: {rows.size:,} tokens, KL to float32 in nats per token")
     for column in ("", "KL", "95%", "minus Q4_0's", "95%", "bits a weight"):
         table.add_column(column, justify="right")
-    for name, found in divergence.items():
+    for name, found in measured.items():
         entry = {"rounding": name, "kl": float(found.mean()), "interval": interval(found)}
         entry |= {"difference": float((found - base).mean()), "difference_interval": interval(found - base)}
         entry["bits"] = made[name].bits

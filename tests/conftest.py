@@ -50,7 +50,7 @@ from jsparse.model.weights import Predictor
 from jsparse.rounding import cast
 
 _FIRST = ("test_native", "test_readme")
-"""Modules of few tests that take long: as the last, they would leave a worker with nothing to do."""
+"""These modules have few tests, which take long: run last, they would leave a worker idle."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -183,7 +183,7 @@ def predict_all(params: jsparse.Params) -> jsparse.Params:
 
 
 def with_random_predictors(params: jsparse.Params, rank: int = 16) -> jsparse.Params:
-    """Predictors that skip some 40% of the neurons, right or wrong."""
+    """Give the model predictors that skip some 40% of the neurons, right or wrong."""
     c = params.config
     predictors = []
     for layer in range(c.num_layers):

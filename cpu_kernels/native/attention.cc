@@ -230,7 +230,7 @@ class AttendTile {
     for (int64_t s = 0; s < count; ++s) factors[s] /= total;
     std::memset(sum, 0, vector_ * sizeof(float));
     const Matrix values{Type::kF32, partials + 2, nullptr, count, vector_, stride * int64_t{sizeof(float)}, 0};
-    kernels_.accumulate(values, {nullptr, 0, count}, factors, sum, nullptr);
+    kernels_.accumulate(values, {nullptr, 0, count}, factors, 0, 1, sum, 0, nullptr);
     kernels_.restore(shape_.cache_type, sum, shape_.head_dim, out);
   }
 

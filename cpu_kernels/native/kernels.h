@@ -31,13 +31,12 @@ struct Kernels {
   // A row of w in float32, scaled, arranged.
   void (*widen)(const Matrix& w, int64_t row, float* arranged);
 
-  // sum += coefficients[i] * row rows[i] of w, arranged. `scratch` is for scratch_size(w, 1) integers, none of floats. Low-bit
-  // rows are added in blocks of kSumRows, whose coefficients are rounded to 16 bits.
+  // sums[m] += coefficients[m * ldc + i] * row rows[i] of w, arranged, one every lds floats. `scratch` is for
+  // scratch_size(w, num_x) integers, none of floats. Low-bit rows are added in blocks of kSumRows, whose coefficients are
+  // rounded to 16 bits.
   int64_t (*scratch_size)(const Matrix& w, int64_t num_x);
-  void (*accumulate)(const Matrix& w, Rows rows, const float* coefficients, float* sum, int32_t* scratch);
-  // The same for several vectors: coefficients[m * ldc + i] for sums[m * lds]; `scratch` is for scratch_size(w, num_x).
-  void (*accumulate_many)(const Matrix& w, Rows rows, const float* coefficients, int64_t ldc, int64_t num_x, float* sums,
-                          int64_t lds, int32_t* scratch);
+  void (*accumulate)(const Matrix& w, Rows rows, const float* coefficients, int64_t ldc, int64_t num_x, float* sums,
+                     int64_t lds, int32_t* scratch);
   // sums[m] += sum over i of p[m * ldp + i] * row rows[i] of w, one every lds floats arranged; `rows` is no list, w of floats or kI8x32.
   void (*weighted)(const Matrix& w, Rows rows, const float* p, int64_t ldp, int64_t num_x, float* sums, int64_t lds);
 

@@ -185,11 +185,7 @@ void DenseFfnFew(const Context& context, const float* x, int64_t num_x, const Ff
       Activate(spec, ffn.threshold + neurons.first, neurons.count, up + m * neurons.count, hidden + m * neurons.count);
     }
     int32_t* scratch = own.Take<int32_t>(kernels.scratch_size(ffn.down_t, num_x));
-    if (num_x == 1) {
-      kernels.accumulate(ffn.down_t, neurons, hidden, sums.Of(slot, 0), scratch);
-    } else {
-      kernels.accumulate_many(ffn.down_t, neurons, hidden, neurons.count, num_x, sums.Of(slot, 0), sums.size(), scratch);
-    }
+    kernels.accumulate(ffn.down_t, neurons, hidden, neurons.count, num_x, sums.Of(slot, 0), sums.size(), scratch);
   });
   sums.AddPhase(phases, y);
   phases.Run(context.pool, Bytes(ffn));
@@ -335,7 +331,7 @@ void SparseFfnFew(const Context& context, const float* x, int64_t num_x, const F
         for (int64_t i = 0; i < active; ++i) hidden[i] *= Psi(spec, up[i]);
         active = Compact(active, list, hidden);
       }
-      kernels.accumulate(ffn.down_t, {list, 0, active}, hidden, sums.Of(slot, m), scratch);
+      kernels.accumulate(ffn.down_t, {list, 0, active}, hidden, 0, 1, sums.Of(slot, m), 0, scratch);
       int32_t* count = slot_counts + (slot * num_x + m) * 2;
       count[0] = static_cast<int32_t>(predicted);
       count[1] = static_cast<int32_t>(active);

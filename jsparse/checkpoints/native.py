@@ -86,10 +86,16 @@ def _check_loadable(params: Params) -> None:
         try:
             if isinstance(leaf, Rows):
                 check_rows(leaf)
-            elif name in predictors and jnp.isnan(leaf).any():
-                raise ValueError("it holds NaN")
+            elif name in predictors:
+                _check_no_nan(leaf)
         except ValueError as error:
             raise JsparseError(f"{name} cannot be saved: {error}") from error
+
+
+def _check_no_nan(array: jax.Array, name: str = "it") -> None:
+    """Raises: ValueError: the array holds NaN."""
+    if jnp.isnan(array).any():
+        raise ValueError(f"{name} holds NaN")
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -197,8 +203,8 @@ def _predictors(leaves: dict[str, Matrix], path: Path) -> tuple[Predictor, ...]:
         for name, leaf in leaves.items():
             layer, part = name.split("/")
             layers.setdefault(int(layer), {})[part] = leaf
-            if not isinstance(leaf, Rows) and jnp.isnan(leaf).any():
-                raise ValueError(f"{name} holds NaN")
+            if not isinstance(leaf, Rows):
+                _check_no_nan(leaf, name)
         return tuple(Predictor(**layers[layer]) for layer in sorted(layers))
     except (ValueError, TypeError) as error:
         raise JsparseError(f"{path / _MANIFEST}: does not describe predictors: {error}") from error

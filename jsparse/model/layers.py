@@ -121,11 +121,11 @@ def rotate(
 def shrink_large_biases(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], bias: Float[Array, "KH"]
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
-    """Queries and keys with the same products, to the bit, whose large biases are less than twice `_LARGE_BIAS`.
+    """Scale queries and keys so that no bias of a key exceeds twice `_LARGE_BIAS`; their products stay, to the bit.
 
-    Keys of few bits share a scale with their neighbours, to which a bias of 100 would leave few levels. So a channel
-    of a key with such a bias is divided by a power of two, and its queries are multiplied by it; so is the channel that
-    the rotary embedding turns into it.
+    Channels of a key in few bits share a scale, and a bias of 100 in one would leave the others few levels. So such a
+    channel, and the one that the rotary embedding turns into it, is divided by a power of two, by which the queries are
+    multiplied.
     """
     kv_heads = k.shape[2]
     pairs = jnp.max(jnp.abs(bias).reshape(kv_heads, 2, -1), axis=1)

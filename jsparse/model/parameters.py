@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.arrays import GROUP, Matrix, Rows, Storage
+from jsparse.arrays import DTYPES, GROUP, Matrix, Rows, Storage
 from jsparse.errors import JsparseError, listing
 from jsparse.model.config import ModelConfig
 from jsparse.model.weights import AttentionWeights, FFNWeights, Layer, Linear, Params, Predictor, Weights
 from jsparse.typing import Array
 
 Role = Literal["embed", "head", "matrix", "norm", "bias"]
-_FLOATS = ("float32", "bfloat16", "float16")
+_FLOATS = tuple(dtype for dtype in DTYPES if not Storage(dtype).is_low_bit)
 """What an array that is not in low-bit rows may be stored in."""
 
 
@@ -160,7 +160,7 @@ def check_leaves(leaves: dict[str, Matrix | Array], config: ModelConfig) -> None
 
 
 def _no_arrays(leaves: dict[str, Any]) -> list[str]:
-    """What is said of leaves that are no arrays."""
+    """Describe the leaves that are not arrays."""
     return [
         f"{path} is of type {type(leaf).__name__}, expected an array"
         for path, leaf in leaves.items()
@@ -169,7 +169,7 @@ def _no_arrays(leaves: dict[str, Any]) -> list[str]:
 
 
 def _no_floats(leaves: dict[str, Matrix | Array]) -> list[str]:
-    """What is said of arrays that hold no floats, or floats that no executor reads."""
+    """Describe the arrays whose dtype no executor reads as floats."""
     return [
         f"{path} is of {leaf.dtype}, expected one of {', '.join(_FLOATS)}"
         for path, leaf in leaves.items()
